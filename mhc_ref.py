@@ -1,0 +1,73 @@
+"""The equations of mHC in plain PyTorch: slow, short, and what every faster path is tested against.
+
+Letters: B batch, T time, n streams, C width of one stream; '...' stands for (B, T) or any other leading dimensions.
+Each function here is the twin of the function of the same name, less `_ref`, in sinkhorn_kernel.py.
+Equation numbers are those of arXiv 2512.24880.
+
+The mappings live in fp32 whatever x is (Eq 10-13), or in fp64 when x is fp64, as in the tests.
+"""
+
+import torch
+
+
+def map_dtype(x):
+    """The dtype of all mapping arithmetic for a stream tensor x: fp64 for fp64, else fp32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def sinkhorn_ref(logits, sinkhorn_iters=20):
+    """Sinkhorn-Knopp projection of exp(logits) towards the doubly stochastic matrices (Eq 9).
+
+    logits (..., n, n) -> H_res (..., n, n): M <- T_r(T_c(M)), columns first and rows last, so that row sums are exact
+    and the truncation error sits in the column sums. The iteration runs on log M: the same mathematics, but a column
+    whose entries all underflow is no longer 0/0, so values and gradients stay finite and right at any logit size.
+    """
+    log_M = logits.to(map_dtype(logits))
+    for _ in range(sinkhorn_iters):
+        log_M = log_M - log_M.logsumexp(-2, keepdim=True)  # T_c: every column sums to 1
+        log_M = log_M - log_M.logsumexp(-1, keepdim=True)  # T_r: every row sums to 1
+    return log_M.exp()
+
+
+def mhc_coeffs_ref(x, phi, alpha, b, sinkhorn_iters=20, eps=1e-20):
+    """The three mappings of one sublayer, from the streams it reads (Eq 7-8, ordered as Eq 14-19).
+
+    x (..., n, C), phi (nC, n^2+2n), alpha (3,), b (n^2+2n,) -> H_pre (..., n), H_post (..., n), H_res (..., n, n).
+    Columns of phi and b: pre | post | res, with logit (i, j) of H_res in column 2n + n*i + j.
+    """
+    n = x.shape[-2]
+    v = x.flatten(-2).to(map_dtype(x))  # (..., nC): the norm is over all streams at once
+    proj = v @ phi.to(v.dtype)  # Eq 14                                         (..., n^2+2n)
+    r = (v.square().mean(-1, keepdim=True) + eps).sqrt()  # Eq 15               (..., 1)
+    scale = alpha.to(v.dtype).repeat_interleave(torch.tensor([n, n, n * n], device=x.device), output_size=n * n + 2 * n)
+    logits = scale / r * proj + b.to(v.dtype)  # Eq 16: dividing after the matmul is the RMSNorm
+    pre, post, res = logits.split([n, n, n * n], -1)
+    H_res = sinkhorn_ref(res.unflatten(-1, (n, n)), sinkhorn_iters)  # Eq 19     (..., n, n)
+    return pre.sigmoid(), 2 * post.sigmoid(), H_res  # Eq 17, 18, 19
+
+
+def mhc_pre_ref(x, H_pre):
+    """x (..., n, C), H_pre (..., n) -> x_in (..., C) = sum_j H_pre[j] x[j], in x's dtype."""
+    return (H_pre.unsqueeze(-1) * x).sum(-2).to(x.dtype)
+
+
+def mhc_post_res_ref(x, y, H_post, H_res):
+    """The update of Eq 3: x_next[i] = sum_j H_res[i, j] x[j] + H_post[i] y, in x's dtype.
+
+    x (..., n, C), y (..., C), H_post (..., n), H_res (..., n, n) -> x_next (..., n, C). Rows of H_res: output streams.
+    """
+    mixed = (H_res.unsqueeze(-1) * x.unsqueeze(-3)).sum(-2)  # (..., i, j, 1) * (..., 1, j, C), summed over j
+    return (mixed + H_post.unsqueeze(-1) * y.unsqueeze(-2)).to(x.dtype)
+
+
+def mhc_step_ref(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters=20, eps=1e-20):
+    """The boundary between two sublayers: close the one before (Eq 3), map and read for the one after (Eq 7-9).
+
+    x (..., n, C), y (..., C) the output of the sublayer before with its H_post (..., n) and H_res (..., n, n); all
+    three None before the first sublayer. phi, alpha, b belong to the sublayer after.
+    -> x_next (..., n, C), x_in (..., C) its input, and its H_post, H_res. x_next is rounded to x's dtype before
+    anything reads it, so that a replay from a stored x gives the same bits.
+    """
+    x_next = x if y is None else mhc_post_res_ref(x, y, H_post, H_res)
+    H_pre, H_post, H_res = mhc_coeffs_ref(x_next, phi, alpha, b, sinkhorn_iters, eps)
+    return x_next, mhc_pre_ref(x_next, H_pre), H_post, H_res
