@@ -1,0 +1,657 @@
+"""A DeepSeek-V3-family GPT with one switch: residual = 'baseline' | 'hc' | 'mhc'. One file, to be read in one sitting.
+
+The model is one loop over 2L sublayers (attention, FFN, attention, FFN, ...). Between two sublayers lies a residual
+connection, and the three kinds of it are the classes Baseline, HC and MHC below; all else is shared by the three.
+
+Letters: B batch, T time, C width of one stream (n_embd), n streams, H heads, D = qk_nope_head_dim,
+R = qk_rope_head_dim, V = v_head_dim, Z = kv_lora_rank, E routed experts, k of them per token, N = B*T tokens.
+Equation numbers (Eq) are those of mHC, arXiv 2512.24880; HC is arXiv 2409.19606; MLA and DeepSeekMoE are DeepSeek-V3,
+arXiv 2412.19437, whose published parameter names are kept.
+"""
+
+import math
+import zlib
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from mhc_ref import map_dtype
+from sinkhorn_kernel import mhc_coeffs, mhc_post_res, mhc_step
+
+
+@dataclass
+class GPTConfig:
+    """Everything that fixes the model. Raises ValueError naming the setting that cannot be."""
+
+    vocab_size: int = 50304
+    seq_len: int = 1024  # longest sequence trained on; RoPE itself has no limit
+    n_layer: int = 12  # transformer blocks, two sublayers each
+    n_embd: int = 768
+    # MLA
+    n_head: int = 12
+    q_lora_rank: int = 0  # 0: queries straight from x
+    kv_lora_rank: int = 512
+    qk_nope_head_dim: int = 128
+    qk_rope_head_dim: int = 64
+    v_head_dim: int = 128
+    rope_theta: float = 10000.0
+    # FFN: leading dense blocks, then mixtures of experts
+    first_k_dense_replace: int = 1
+    intermediate_size: int = 2048  # of the dense FFN
+    n_routed_experts: int = 16
+    num_experts_per_tok: int = 4
+    n_shared_experts: int = 1
+    moe_intermediate_size: int = 512  # of one expert
+    route_scale: float = 2.5
+    # residual connection
+    residual: str = "mhc"
+    n_streams: int = 4
+    sinkhorn_iters: int = 20
+    alpha_init: float = 0.01
+    collapse: str = "sum"  # or 'head': a learned sigmoid head over the streams
+    impl: str = "auto"  # of mhc_step: see sinkhorn_kernel.py
+    # everywhere
+    norm_eps: float = 1e-20
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        may_be_zero = {"q_lora_rank", "first_k_dense_replace", "n_routed_experts", "n_shared_experts"}
+        for name, value in vars(self).items():
+            if isinstance(value, (int, float)) and not value >= (name not in may_be_zero and isinstance(value, int)):
+                raise ValueError(f"{name}={value}: wanted at least {int(name not in may_be_zero)}")
+        for name, known in (("residual", ("baseline", "hc", "mhc")), ("collapse", ("sum", "head"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(map(repr, known))}")
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim}: RoPE turns pairs, wanted an even number")
+        if self.has_moe and self.num_experts_per_tok > self.n_routed_experts:
+            k, E = self.num_experts_per_tok, self.n_routed_experts
+            raise ValueError(f"num_experts_per_tok={k}: there are only n_routed_experts={E} to pick from")
+        if self.residual == "baseline":
+            self.n_streams = 1  # the plain residual is one stream
+
+    @property
+    def has_moe(self):
+        return self.first_k_dense_replace < self.n_layer
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# The residual connections. Each is called once per sublayer, at the boundary before it, with the streams x, the output
+# y of the sublayer before and that one's H_post and H_res (all None before the first), and returns the streams after
+# the update, the input of its own sublayer, and its own H_post and H_res, which the next boundary will apply.
+
+
+class Baseline(nn.Module):
+    """x <- x + F(x): one stream, nothing learned."""
+
+    def forward(self, x, y, H_post, H_res):
+        x = self.close(x, y, H_post, H_res)
+        return x, x.squeeze(-2), None, None  # x_in (B, T, C)
+
+    def close(self, x, y, H_post, H_res):
+        """The update alone, without a next sublayer."""
+        return x if y is None else x + y.unsqueeze(-2)  # (B, T, 1, C)
+
+
+class HyperConnection(nn.Module):
+    """What HC and mHC share: alpha (3,) and b (n^2+2n,), both in the order pre | post | res, and which maps are live.
+
+    A map without any effect on the loss still gets a gradient, of rounding noise, and AdamW with its eps of 1e-20 would
+    turn that into steps of full size. `live` says which of (pre, post, res) act; the others are cut from the graph, get
+    gradients of exactly zero and stay where they are.
+    """
+
+    def __init__(self, config, live):
+        super().__init__()
+        n = config.n_streams
+        self.n, self.live, self.sizes = n, live, (n, n, n * n)
+        self.alpha = nn.Parameter(torch.empty(3))
+        self.b = nn.Parameter(torch.empty(n * n + 2 * n))
+
+    def cut(self, p, sizes):
+        """p (..., sum(sizes)) with the parts of dead maps detached."""
+        if all(self.live):
+            return p
+        return torch.cat([q if live else q.detach() for q, live in zip(p.split(sizes, -1), self.live, strict=True)], -1)
+
+    def forward(self, x, y, H_post, H_res):
+        x = self.close(x, y, H_post, H_res)
+        H_pre, H_post, H_res = self.maps(x)
+        x_in = (H_pre.unsqueeze(-1) * x).sum(-2).to(x.dtype)  # (B, T, C)
+        return x, x_in, H_post, H_res
+
+    def close(self, x, y, H_post, H_res):
+        """The update of Eq 3 alone: x_next[i] = sum_j H_res[i, j] x[j] + H_post[i] y."""
+        return x if y is None else mhc_post_res(x, y, H_post, H_res)
+
+
+class HC(HyperConnection):
+    """Hyper-Connections: unconstrained maps, from each stream's own RMSNorm, through tanh (Eq 5).
+
+    theta (n+2, C): rows pre, post, and n of res. The norm's weight is absorbed into theta.
+    """
+
+    def __init__(self, config, live):
+        super().__init__(config, live)
+        self.theta = nn.Parameter(torch.empty(config.n_streams + 2, config.n_embd))
+        self.eps = config.norm_eps
+
+    def maps(self, x):
+        """x (..., n, C) -> H_pre (..., n), H_post (..., n), H_res (..., n, n)."""
+        n = self.n
+        with torch.autocast(x.device.type, enabled=False):  # mappings are fp32 under bf16 training too
+            x_norm = F.rms_norm(x.to(map_dtype(x)), (x.shape[-1],), None, self.eps)
+            theta = self.cut(self.theta.T, (1, 1, n)).to(x_norm.dtype)
+            dynamic = (x_norm @ theta).tanh()  # (..., n, n+2): [j, k] = theta_k . x_norm_j
+            alpha, b = self.cut(self.alpha, (1, 1, 1)), self.cut(self.b, self.sizes)
+            b_pre, b_post, b_res = b.split(self.sizes)
+            H_pre = alpha[0] * dynamic[..., 0] + b_pre
+            H_post = alpha[1] * dynamic[..., 1] + b_post
+            H_res = alpha[2] * dynamic[..., 2:].mT + b_res.view(n, n)  # [i, j] = theta_res[i] . x_norm_j
+        return H_pre, H_post, H_res
+
+
+class MHC(HyperConnection):
+    """Manifold-Constrained Hyper-Connections (Eq 7-9): H_res doubly stochastic, H_pre and H_post sigmoids.
+
+    phi (nC, n^2+2n): columns pre | post | res, mat(.) row-major.
+    """
+
+    def __init__(self, config, live):
+        super().__init__(config, live)
+        n = config.n_streams
+        self.phi = nn.Parameter(torch.empty(n * config.n_embd, n * n + 2 * n))
+        self.sinkhorn_iters, self.eps, self.impl = config.sinkhorn_iters, config.norm_eps, config.impl
+
+    def projection(self):
+        """phi, alpha, b with the maps that have no effect cut out."""
+        return self.cut(self.phi, self.sizes), self.cut(self.alpha, (1, 1, 1)), self.cut(self.b, self.sizes)
+
+    def maps(self, x):
+        """x (..., n, C) -> H_pre (..., n), H_post (..., n), H_res (..., n, n)."""
+        with torch.autocast(x.device.type, enabled=False):
+            return mhc_coeffs(x, *self.projection(), self.sinkhorn_iters, self.eps)
+
+    def forward(self, x, y, H_post, H_res):
+        with torch.autocast(x.device.type, enabled=False):
+            return mhc_step(x, y, H_post, H_res, *self.projection(), self.sinkhorn_iters, self.eps, self.impl)
+
+
+class CollapseHead(nn.Module):
+    """DeepSeek-V4's learned exit: w = sigmoid(alpha RMSNorm(vec x) phi + b), sum_k w_k x_k."""
+
+    def __init__(self, config):
+        super().__init__()
+        n, self.eps = config.n_streams, config.norm_eps
+        self.phi = nn.Parameter(torch.empty(n * config.n_embd, n))
+        self.alpha = nn.Parameter(torch.empty(1))
+        self.b = nn.Parameter(torch.empty(n))
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            v = x.flatten(-2).to(map_dtype(x))  # (B, T, nC)
+            v = F.rms_norm(v, (v.shape[-1],), None, self.eps)
+            w = torch.sigmoid(self.alpha * (v @ self.phi.to(v.dtype)) + self.b)  # (B, T, n)
+        return (w.unsqueeze(-1) * x).sum(-2).to(x.dtype)
+
+
+def make_residual(config, s):
+    """The residual connection before sublayer s = 0 .. 2L-1, told which of its maps can act at all.
+
+    In the first sublayer all streams are equal: whatever mixes them to the same sum is the same, so mHC's H_res (rows
+    sum to 1) does nothing, and H_pre is a mere factor which the pre-norm removes. In the last, under collapse='sum',
+    mHC's H_res acts through its column sums alone, which are 1 but for Sinkhorn's truncation. With n = 1 both hold
+    everywhere. HC's H_res is not stochastic, and acts wherever it stands.
+    """
+    first, last, one = s == 0, s == 2 * config.n_layer - 1, config.n_streams == 1
+    if config.residual == "baseline":
+        return Baseline()
+    if config.residual == "hc":
+        return HC(config, live=(not (first or one), True, True))
+    dead_res = first or one or (last and config.collapse == "sum")
+    return MHC(config, live=(not (first or one), True, not dead_res))
+
+
+def expand_streams(x, n):
+    """x (B, T, C) -> (B, T, n, C): the embedding copied n times, once, before the first sublayer."""
+    return x.unsqueeze(-2).expand(*x.shape[:-1], n, x.shape[-1]).contiguous()
+
+
+def collapse_streams(x):
+    """x (B, T, n, C) -> (B, T, C): the sum, once, after the last. The final RMSNorm makes the mean the same thing."""
+    return x.sum(-2)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# The sublayers
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, dim, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.empty(dim)), eps
+
+    def forward(self, x):
+        wide = map_dtype(x)
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+
+
+def rope_angles(positions, dim, theta):
+    """positions (..., T) -> cos, sin (..., T, dim/2), in fp32 (fp64 where positions are fp64)."""
+    positions = positions.to(map_dtype(positions))
+    freqs = theta ** -(torch.arange(0, dim, 2, device=positions.device, dtype=positions.dtype) / dim)
+    angles = positions.unsqueeze(-1) * freqs
+    return angles.cos(), angles.sin()
+
+
+def apply_rope(x, rope):
+    """Turn each pair (x[2i], x[2i+1]) by its angle. x (B, T, ..., R) with cos and sin (B or 1, T, R/2)."""
+    cos, sin = (t.view(*t.shape[:2], *[1] * (x.ndim - 3), t.shape[-1]) for t in rope)
+    a, b = x.to(torch.promote_types(x.dtype, cos.dtype)).unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+
+
+class LatentCache:
+    """What generation keeps: per block and position MLA's normed latent (Z) and its one rotated key (R), no heads.
+
+    `length` (B,) counts the positions already written in each row. Rows may differ: pad prompts on the right, run them,
+    then set `length` to the true lengths; what the padding wrote is overwritten before anything attends to it.
+    """
+
+    def __init__(self, config, batch, max_len, device=None, dtype=None):
+        size = (config.n_layer, batch, max_len)
+        self.latent = torch.zeros(*size, config.kv_lora_rank, device=device, dtype=dtype)
+        self.k_rope = torch.zeros(*size, config.qk_rope_head_dim, device=device, dtype=dtype)
+        self.length = torch.zeros(batch, dtype=torch.long, device=device)
+        self.empty = True  # kept on the host: asking `length` would wait for the device in every block
+
+    def rows(self, index, max_len=None):
+        """A copy that holds the rows `index` (a row may come several times), with room for max_len positions."""
+        other = object.__new__(LatentCache)
+        grow = max(0, (max_len or 0) - self.latent.shape[2])
+        other.latent, other.k_rope = (F.pad(t[:, index], (0, 0, 0, grow)) for t in (self.latent, self.k_rope))
+        other.length, other.empty = self.length[index].clone(), self.empty
+        return other
+
+    def advance(self, T):
+        """Count T more positions in every row: called once per forward, after all blocks have written."""
+        self.length += T
+        self.empty = False
+
+    def write(self, layer, latent, k_rope):
+        """Put latent (B, T, Z) and k_rope (B, T, R) behind what each row of `layer` holds; return both so far."""
+        T = latent.shape[1]
+        where = self.length.unsqueeze(1) + torch.arange(T, device=latent.device)  # (B, T)
+        end = int(where.max()) + 1
+        if end > self.latent.shape[2]:
+            raise ValueError(f"the cache has room for {self.latent.shape[2]} positions, wanted {end}")
+        for kept, new in ((self.latent, latent), (self.k_rope, k_rope)):
+            kept[layer].scatter_(1, where.unsqueeze(-1).expand_as(new), new.to(kept.dtype))
+        return self.latent[layer, :, :end], self.k_rope[layer, :, :end]
+
+
+class MLA(nn.Module):
+    """Multi-head latent attention: keys and values are read from one latent of width Z per token (DeepSeek-V2, 2.1).
+
+    A head's query and key have D dims without position and R with RoPE; the R dims of the key are shared by all heads.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c = config
+        self.H, self.D, self.R, self.V = c.n_head, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim
+        self.Z, self.scale = c.kv_lora_rank, (self.D + self.R) ** -0.5
+        linear = partial(nn.Linear, bias=False)
+        self.q_lora_rank = c.q_lora_rank
+        if c.q_lora_rank:
+            self.q_a_proj = linear(c.n_embd, c.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, c.norm_eps)
+            self.q_b_proj = linear(c.q_lora_rank, self.H * (self.D + self.R))
+        else:
+            self.q_proj = linear(c.n_embd, self.H * (self.D + self.R))
+        self.kv_a_proj_with_mqa = linear(c.n_embd, self.Z + self.R)
+        self.kv_a_layernorm = RMSNorm(self.Z, c.norm_eps)
+        self.kv_b_proj = linear(self.Z, self.H * (self.D + self.V))
+        self.o_proj = linear(self.H * self.V, c.n_embd)
+
+    def forward(self, x, rope, cache=None, layer=None):
+        """x (B, T, C) -> (B, T, C), causal. With a cache, x continues the sequences that `cache` holds for `layer`."""
+        B, T, _ = x.shape
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.q_lora_rank else self.q_proj(x)
+        q_nope, q_rope = q.view(B, T, self.H, self.D + self.R).split((self.D, self.R), -1)
+        q_rope = apply_rope(q_rope, rope)  # (B, T, H, R)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.Z, self.R), -1)
+        latent, k_rope = self.kv_a_layernorm(latent), apply_rope(k_rope, rope)  # (B, T, Z), (B, T, R)
+        so_far = cache and cache.write(layer, latent, k_rope)
+        if cache is None or cache.empty:  # nothing before x: decompressing is cheaper for a whole prompt
+            y = self.attend(q_nope, q_rope, latent, k_rope)
+        else:
+            y = self.attend_absorbed(q_nope, q_rope, *so_far, cache.length)
+        return self.o_proj(y.flatten(2))  # (B, T, H, V) -> (B, T, C)
+
+    def attend(self, q_nope, q_rope, latent, k_rope):
+        """Attention with keys and values decompressed from the latent: what training runs. -> (B, T, H, V)"""
+        B, T, H, _ = q_nope.shape
+        k_nope, v = self.kv_b_proj(latent).view(B, T, H, self.D + self.V).split((self.D, self.V), -1)
+        k = torch.cat((k_nope, k_rope.unsqueeze(2).expand(B, T, H, self.R)), -1)
+        q = torch.cat((q_nope, q_rope), -1)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, .)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale).transpose(1, 2)
+
+    def attend_absorbed(self, q_nope, q_rope, latent, k_rope, start):
+        """The same attention without ever decompressing (DeepSeek-V2, 2.1.3): kv_b_proj is absorbed into the query on
+        one side and into the output on the other, and all heads attend to the latent itself. -> (B, T, H, V)
+
+        latent (B, S, Z), k_rope (B, S, R): everything so far; start (B,): the position of each row's first query.
+        """
+        T, S = q_nope.shape[1], latent.shape[1]
+        w = self.kv_b_proj.weight.to(q_nope.dtype).view(self.H, self.D + self.V, self.Z)
+        w_k, w_v = w.split((self.D, self.V), 1)  # (H, D, Z), (H, V, Z)
+        q_latent = torch.einsum("bthd,hdz->bthz", q_nope, w_k)
+        scores = torch.einsum("bthz,bsz->bhts", q_latent, latent) + torch.einsum("bthr,bsr->bhts", q_rope, k_rope)
+        query = start.unsqueeze(1) + torch.arange(T, device=latent.device)  # (B, T)
+        unseen = torch.arange(S, device=latent.device) > query.unsqueeze(-1)  # (B, T, S)
+        scores = (scores * self.scale).masked_fill(unseen.unsqueeze(1), -torch.inf)
+        probs = scores.softmax(-1, dtype=map_dtype(scores)).to(latent.dtype)
+        return torch.einsum("bthz,hvz->bthv", torch.einsum("bhts,bsz->bthz", probs, latent), w_v)
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.gate_proj = nn.Linear(dim, hidden, bias=False)
+        self.up_proj = nn.Linear(dim, hidden, bias=False)
+        self.down_proj = nn.Linear(hidden, dim, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Gate(nn.Module):
+    """Sigmoid scores; a bias that only selects and is moved by load, not by a gradient (DeepSeek-V3, 2.1.2)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.k, self.route_scale = config.num_experts_per_tok, config.route_scale
+        E = config.n_routed_experts
+        self.weight = nn.Parameter(torch.empty(E, config.n_embd))
+        self.register_buffer("e_score_correction_bias", torch.zeros(E))
+        # tokens each expert was given since the bias was last moved; training forwards only
+        self.register_buffer("load", torch.zeros(E, dtype=torch.long), persistent=False)
+
+    def forward(self, x):
+        """x (N, C) -> weights (N, k), which sum to route_scale, and expert numbers (N, k)."""
+        with torch.autocast(x.device.type, enabled=False):  # which expert is picked must not hang on bf16 rounding
+            wide = map_dtype(x)
+            scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()  # (N, E)
+        experts = (scores.detach() + self.e_score_correction_bias).topk(self.k, -1).indices
+        weights = scores.gather(-1, experts)
+        if self.training:
+            self.load += torch.bincount(experts.flatten(), minlength=len(self.load))
+        return weights / weights.sum(-1, keepdim=True) * self.route_scale, experts
+
+
+def grouped_linear(x, w, counts):
+    """Rows of x (M, K), sorted by expert, times each expert's own w[e] (E, J, K): -> (M, J). counts (E,) sums to M.
+
+    torch's grouped_mm takes bf16 everywhere and fp32 on a CPU outside torch.compile, with rows of whole 16 bytes; for
+    the rest (fp64, fp16, fp32 on a GPU, odd widths) this is the loop it stands for.
+    """
+    aligned = all(d * x.element_size() % 16 == 0 for d in w.shape[1:])
+    cpu_fp32 = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+    if aligned and (x.dtype == torch.bfloat16 or cpu_fp32):
+        return F.grouped_mm(x, w.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
+    rows = zip(x.split(counts.tolist()), w.unbind(0), strict=True)
+    return torch.cat([F.linear(x_e, w_e) for x_e, w_e in rows])
+
+
+class Experts(nn.Module):
+    """The routed experts' SwiGLUs, each weight stacked over experts: (E, out, in)."""
+
+    def __init__(self, config):
+        super().__init__()
+        E, C, hidden = config.n_routed_experts, config.n_embd, config.moe_intermediate_size
+        self.gate_proj = nn.Parameter(torch.empty(E, hidden, C))
+        self.up_proj = nn.Parameter(torch.empty(E, hidden, C))
+        self.down_proj = nn.Parameter(torch.empty(E, C, hidden))
+
+    def forward(self, x, counts):
+        """x (M, C), rows sorted by expert, counts (E,) rows for each -> (M, C)."""
+        if torch.is_autocast_enabled(x.device.type):  # grouped_mm is not on autocast's list
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        gate_proj, up_proj, down_proj = (w.to(x.dtype) for w in (self.gate_proj, self.up_proj, self.down_proj))
+        hidden = F.silu(grouped_linear(x, gate_proj, counts)) * grouped_linear(x, up_proj, counts)
+        return grouped_linear(hidden, down_proj, counts)
+
+
+class MoE(nn.Module):
+    """DeepSeekMoE: shared experts see every token, routed ones those that picked them. No token is ever dropped."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = Gate(config)
+        self.experts = Experts(config)
+        self.shared_experts = None
+        if config.n_shared_experts:
+            self.shared_experts = MLP(config.n_embd, config.n_shared_experts * config.moe_intermediate_size)
+
+    def forward(self, x):
+        shape, x = x.shape, x.flatten(0, -2)  # (N, C)
+        weights, picked = self.gate(x)
+        N, k = picked.shape
+        order = picked.flatten().argsort(stable=True)  # (N*k,): slots sorted by expert
+        counts = torch.bincount(picked.flatten(), minlength=len(self.gate.weight))
+        y = self.experts(x.index_select(0, order // k), counts)  # (N*k, C) sorted by expert
+        y = y.index_select(0, order.argsort()).view(N, k, -1)  # back to (N, k, C): summed in the same order every time
+        y = (y * weights.unsqueeze(-1)).sum(1).to(x.dtype)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x)
+        return y.view(shape)
+
+
+class Block(nn.Module):
+    """Two sublayers, F = sublayer o RMSNorm, each with the residual connection before it."""
+
+    def __init__(self, config, i):
+        super().__init__()
+        self.attn_residual = make_residual(config, 2 * i)
+        self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        self.self_attn = MLA(config)
+        self.mlp_residual = make_residual(config, 2 * i + 1)
+        self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
+        dense = i < config.first_k_dense_replace
+        self.mlp = MLP(config.n_embd, config.intermediate_size) if dense else MoE(config)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+
+
+class GPT(nn.Module):
+    """The model. Built without values (on the meta device too): call init_weights(seed) or load a checkpoint."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
+        self.collapse_head = CollapseHead(config) if config.collapse == "head" else None
+        self.norm = RMSNorm(config.n_embd, config.norm_eps)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # untied
+
+    def sublayers(self, positions, cache=None):
+        """The 2L triples (residual connection, norm, F) in order. positions (B or 1, T)."""
+        c = self.config
+        rope = rope_angles(positions, c.qk_rope_head_dim, c.rope_theta)
+        for i, block in enumerate(self.layers):
+            attend = partial(block.self_attn, rope=rope, cache=cache, layer=i)
+            yield block.attn_residual, block.input_layernorm, attend
+            yield block.mlp_residual, block.post_attention_layernorm, block.mlp
+
+    def embed(self, idx):
+        """idx (B, T) -> streams x (B, T, n, C), in the dtype that the sublayers compute in (Eq 11: bf16 under bf16)."""
+        x = self.embed_tokens(idx)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return expand_streams(x, self.config.n_streams)
+
+    def hidden(self, idx, cache=None, maps=None):
+        """idx (B, T) -> the final norm's output (B, T, C). `maps`: a list that receives every sublayer's mappings."""
+        x, y, H_post, H_res = self.embed(idx), None, None, None
+        positions = torch.arange(idx.shape[1], device=idx.device).unsqueeze(0)  # (1, T)
+        if cache is not None:
+            positions = positions + cache.length.unsqueeze(1)  # (B, T)
+        for residual, norm, f in self.sublayers(positions, cache):
+            x, x_in, H_post, H_res = residual(x, y, H_post, H_res)
+            y = f(norm(x_in))
+            if maps is not None:
+                maps.append(residual.maps(x))
+        x = residual.close(x, y, H_post, H_res)
+        if cache is not None:
+            cache.advance(idx.shape[1])
+        return self.norm(self.collapse_head(x) if self.collapse_head else collapse_streams(x))
+
+    def forward(self, idx, targets=None, cache=None):
+        """idx (B, T) of token numbers -> (logits (B, T, vocab), None), or with targets (B, T) -> (None, mean loss).
+
+        A target of -1 is ignored. With a LatentCache, idx continues the sequences in it, and the cache is advanced.
+        """
+        h = self.hidden(idx, cache)
+        if targets is None:
+            return self.lm_head(h), None
+        return None, self.loss(h.flatten(0, 1), targets.flatten())
+
+    def loss(self, h, targets):
+        """Mean cross entropy in nats of h (N, C) against targets (N,), in chunks whose logits are recomputed in the
+        backward, so that no more than 2^26 logits (256 MB in fp32) exist at once."""
+        chunk = max(1, 2**26 // self.config.vocab_size)
+        total = sum(
+            checkpoint(self.chunk_loss, h_c, t_c, use_reentrant=False)
+            for h_c, t_c in zip(h.split(chunk), targets.split(chunk), strict=True)
+        )
+        return total / (targets != -1).sum().clamp(min=1)
+
+    def chunk_loss(self, h, targets):
+        logits = self.lm_head(h)
+        return F.cross_entropy(logits.to(map_dtype(logits)), targets, ignore_index=-1, reduction="sum")
+
+    @torch.no_grad()
+    def residual_maps(self, idx):
+        """idx (B, T) -> over the 2L sublayers, a list of H_pre (B, T, n), H_post (B, T, n), H_res (B, T, n, n)."""
+        if self.config.residual == "baseline":
+            raise ValueError("residual='baseline' has no mappings: residual_maps is for 'hc' and 'mhc'")
+        maps = []
+        training = self.training
+        self.eval()  # a look at the mappings must not count as load on the experts
+        self.hidden(idx, maps=maps)
+        self.train(training)
+        return maps
+
+    # --- experts ---
+
+    def gates(self):
+        return [block.mlp.gate for block in self.layers if isinstance(block.mlp, MoE)]
+
+    def expert_load(self):
+        """(MoE blocks, E) tokens per expert since the bias was last moved; empty without MoE."""
+        loads = [gate.load for gate in self.gates()]
+        return torch.stack(loads) if loads else self.embed_tokens.weight.new_zeros(0, 0)
+
+    @torch.no_grad()
+    def update_expert_bias(self, gamma, load):
+        """Once per optimizer step: an expert above its block's mean load is made less likely by gamma, one below more.
+
+        load (MoE blocks, E): expert_load() summed over all processes (DeepSeek-V3, 2.1.2). Counting starts anew.
+        """
+        for gate, load_i in zip(self.gates(), load.float(), strict=True):
+            gate.e_score_correction_bias += gamma * (load_i.mean() - load_i).sign()
+            gate.load.zero_()
+
+    # --- initialisation ---
+
+    @torch.no_grad()
+    def init_weights(self, seed, assign=torch.Tensor.copy_):
+        """Give every parameter its first value. All initialisation is here and in `initial_value`.
+
+        Each parameter is drawn from a generator keyed by (seed, its name): the value depends on nothing else, so the
+        backbone is the same whatever the residual connection, and whatever the number of processes.
+        assign(p, value) puts a whole value into a parameter; a sharded one needs its own (parallel.py).
+        """
+        for name, p in self.named_parameters():
+            assign(p, self.initial_value(name, p.shape, seed))
+        for gate in self.gates():
+            gate.e_score_correction_bias.zero_()
+            gate.load.zero_()
+
+    def initial_value(self, name, shape, seed):
+        """The first value of parameter `name`, a whole fp32 CPU tensor. h is the home stream of sublayer s: s mod n.
+
+        | parameter            | value                                  | why                                        |
+        | -------------------- | -------------------------------------- | ------------------------------------------ |
+        | embeddings, matrices | N(0, init_std)                         | DeepSeek-V3 takes 0.006                    |
+        | RMSNorm weights      | 1                                      |                                            |
+        | alpha                | alpha_init                             | the paper's 0.01                           |
+        | HC theta             | 0                                      | HC's own                                   |
+        | HC b                 | pre one-hot(h), post 1, res I          | HC's own: starts as the baseline           |
+        | mHC phi, head phi    | N(0, 0.02)                             | see below                                  |
+        | mHC b_pre            | +4 at h, -4 elsewhere: H_pre .98, .02  | a sublayer reads its home stream           |
+        | mHC b_post           | +2 at h, -2 elsewhere: H_post 1.8, .24 | and writes mostly there, so streams differ |
+        | mHC b_res            | 0 on the diagonal, -2 elsewhere        | H_res .71 on, .10 off: has room to move    |
+        | head b               | 0                                      | every stream at one half                   |
+
+        The symmetry trap: with phi = 0 and b equal across streams, the n copies of the embedding stay identical for
+        ever, and H_res gets no gradient. Here home streams take turns, so the streams differ after one sublayer.
+        A diagonal pushed to +-8 would start nearer to the identity, and leaves H_res a gradient near zero.
+        """
+        layer, kind = name.split("."), name.rsplit(".", 1)[-1]
+        n = self.config.n_streams
+        if kind == "weight" and "norm" in layer[-2]:
+            return torch.ones(shape)
+        if kind == "alpha":
+            return torch.full(shape, self.config.alpha_init)
+        if kind == "theta" or layer[0] == "collapse_head" and kind == "b":
+            return torch.zeros(shape)
+        if kind == "b":
+            home = (2 * int(layer[1]) + (layer[2] == "mlp_residual")) % n
+            one_hot, eye = torch.eye(n)[home], torch.eye(n).flatten()
+            if self.config.residual == "hc":
+                return torch.cat((one_hot, torch.ones(n), eye))
+            return torch.cat((8 * one_hot - 4, 4 * one_hot - 2, 2 * eye - 2))
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (seed << 32))
+        return torch.empty(shape).normal_(0, 0.02 if kind == "phi" else self.config.init_std, generator=generator)
+
+    # --- counting ---
+
+    def num_params(self):
+        """Parameters: all; those that act on one token (without the input embedding, which is a look-up, and without
+        the routed experts a token does not pick); and those of the vocabulary (input embedding and output head)."""
+        total = sum(p.numel() for p in self.parameters())
+        embedding = self.embed_tokens.weight.numel()
+        experts = [p for block in self.layers if isinstance(block.mlp, MoE) for p in block.mlp.experts.parameters()]
+        idle = sum(p.numel() // len(p) * (len(p) - self.config.num_experts_per_tok) for p in experts)
+        return {"total": total, "active": total - embedding - idle, "vocab": embedding + self.lm_head.weight.numel()}
+
+    def flops_per_token(self):
+        """Training FLOPs per token, forward and backward: 6 per active parameter, and 6 T H (D + R + V) a block for
+        attention, counted as if it were not causal (PaLM, appendix B). Recomputation is not counted."""
+        c = self.config
+        head_dims = c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
+        return 6 * self.num_params()["active"] + 6 * c.n_layer * c.seq_len * c.n_head * head_dims
+
+
+def peak_flops(device_name):
+    """Dense bf16 FLOP/s of a GPU by its name, from the makers' data sheets; None for what is not listed."""
+    for key, peak in (("B200", 2.25e15), ("H200", 989e12), ("H100", 989e12), ("A100", 312e12), ("MI300X", 1307e12)):
+        if key in device_name:
+            return peak
+    return None
+
+
+def uniform_loss(config):
+    """Cross entropy in nats of a model that knows nothing."""
+    return math.log(config.vocab_size)
