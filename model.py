@@ -132,12 +132,12 @@ class HyperConnection(nn.Module):
 class HC(HyperConnection):
     """Hyper-Connections: unconstrained maps, from each stream's own RMSNorm, through tanh (Eq 5).
 
-    theta (n+2, C): rows pre, post, and n of res. The norm's weight is absorbed into theta.
+    theta (C, n+2): columns pre, post, and n of res. The norm's weight is absorbed into theta.
     """
 
     def __init__(self, config, live):
         super().__init__(config, live)
-        self.theta = nn.Parameter(torch.empty(config.n_streams + 2, config.n_embd))
+        self.theta = nn.Parameter(torch.empty(config.n_embd, config.n_streams + 2))
         self.eps = config.norm_eps
 
     def maps(self, x):
@@ -145,7 +145,7 @@ class HC(HyperConnection):
         n = self.n
         with torch.autocast(x.device.type, enabled=False):  # mappings are fp32 under bf16 training too
             x_norm = F.rms_norm(x.to(map_dtype(x)), (x.shape[-1],), None, self.eps)
-            theta = self.cut(self.theta.T, (1, 1, n)).to(x_norm.dtype)
+            theta = self.cut(self.theta, (1, 1, n)).to(x_norm.dtype)
             dynamic = (x_norm @ theta).tanh()  # (..., n, n+2): [j, k] = theta_k . x_norm_j
             alpha, b = self.cut(self.alpha, (1, 1, 1)), self.cut(self.b, self.sizes)
             b_pre, b_post, b_res = b.split(self.sizes)
@@ -500,8 +500,8 @@ class GPT(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return expand_streams(x, self.config.n_streams)
 
-    def hidden(self, idx, cache=None, maps=None):
-        """idx (B, T) -> the final norm's output (B, T, C). `maps`: a list that receives every sublayer's mappings."""
+    def hidden(self, idx, cache=None, look=None):
+        """idx (B, T) -> the final norm's output (B, T, C). look(residual, x) is called with the x of every sublayer."""
         x, y, H_post, H_res = self.embed(idx), None, None, None
         positions = torch.arange(idx.shape[1], device=idx.device).unsqueeze(0)  # (1, T)
         if cache is not None:
@@ -509,8 +509,8 @@ class GPT(nn.Module):
         for residual, norm, f in self.sublayers(positions, cache):
             x, x_in, H_post, H_res = residual(x, y, H_post, H_res)
             y = f(norm(x_in))
-            if maps is not None:
-                maps.append(residual.maps(x))
+            if look is not None:
+                look(residual, x)
         x = residual.close(x, y, H_post, H_res)
         if cache is not None:
             cache.advance(idx.shape[1])
@@ -541,16 +541,21 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.to(map_dtype(logits)), targets, ignore_index=-1, reduction="sum")
 
     @torch.no_grad()
+    def look(self, idx, see):
+        """see(residual, x) for each of the 2L sublayers, x (B, T, n, C) the streams it reads -> list of the results.
+
+        Runs in eval mode: a look at the model must not count as load on its experts."""
+        seen, training = [], self.training
+        self.eval()
+        self.hidden(idx, look=lambda residual, x: seen.append(see(residual, x)))
+        self.train(training)
+        return seen
+
     def residual_maps(self, idx):
         """idx (B, T) -> over the 2L sublayers, a list of H_pre (B, T, n), H_post (B, T, n), H_res (B, T, n, n)."""
         if self.config.residual == "baseline":
             raise ValueError("residual='baseline' has no mappings: residual_maps is for 'hc' and 'mhc'")
-        maps = []
-        training = self.training
-        self.eval()  # a look at the mappings must not count as load on the experts
-        self.hidden(idx, maps=maps)
-        self.train(training)
-        return maps
+        return self.look(idx, lambda residual, x: residual.maps(x))
 
     # --- experts ---
 
