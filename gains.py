@@ -104,6 +104,6 @@ def alarms(grad_norms, spreads, H_res):
             lines.append(f"{where} the gradient of phi_res is {grad:.1e}, the median over sublayers {median:.1e}")
         if i > 0 and n > 1 and spread < 1e-6:
             lines.append(f"{where} all {n} streams are identical (relative spread {spread:.1e})")
-        if grad is not None and (H * (1 - H)).abs().max() < 1e-6:
-            lines.append(f"{where} Sinkhorn is saturated: every entry of H_res is 0 or 1")
+        if grad is not None and n > 1 and (H * (1 - H)).abs().max() < 1e-6:
+            lines.append(f"{where} Sinkhorn is saturated: every entry of H_res is 0 or 1, and learns no more")
     return lines

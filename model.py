@@ -9,7 +9,6 @@ Equation numbers (Eq) are those of mHC, arXiv 2512.24880; HC is arXiv 2409.19606
 arXiv 2412.19437, whose published parameter names are kept.
 """
 
-import math
 import zlib
 from dataclasses import dataclass
 from functools import partial
@@ -493,6 +492,10 @@ class GPT(nn.Module):
             yield block.attn_residual, block.input_layernorm, attend
             yield block.mlp_residual, block.post_attention_layernorm, block.mlp
 
+    def residuals(self):
+        """The 2L residual connections in order."""
+        return [r for block in self.layers for r in (block.attn_residual, block.mlp_residual)]
+
     def embed(self, idx):
         """idx (B, T) -> streams x (B, T, n, C), in the dtype that the sublayers compute in (Eq 11: bf16 under bf16)."""
         x = self.embed_tokens(idx)
@@ -655,8 +658,3 @@ def peak_flops(device_name):
         if key in device_name:
             return peak
     return None
-
-
-def uniform_loss(config):
-    """Cross entropy in nats of a model that knows nothing."""
-    return math.log(config.vocab_size)

@@ -1,0 +1,25 @@
+# The demo: small enough for ten minutes on two CPU cores for all three variants, with MLA and MoE in it,
+# and deep enough (24 sublayers) that HC's gain is plainly seen.
+data_dir = "data/python_bpe2048"
+seq_len = 128
+n_layer = 12
+n_embd = 64
+n_head = 4
+kv_lora_rank = 32
+qk_nope_head_dim = 16
+qk_rope_head_dim = 8
+v_head_dim = 16
+first_k_dense_replace = 1
+intermediate_size = 192
+n_routed_experts = 8
+num_experts_per_tok = 2
+n_shared_experts = 1
+moe_intermediate_size = 48
+batch_size = 16
+micro_batch_size = 16
+max_steps = 300
+lr = 3e-3
+warmup_steps = 30
+lr_schedule = "cosine"
+eval_interval = 50
+eval_sequences = 64

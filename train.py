@@ -1,0 +1,408 @@
+"""Train a GPT with any of the three residual connections, on one process or many.
+
+    python train.py config/demo.py --residual=hc --out_dir=out/demo/hc
+    python train.py config/mhc_27b.py --dry_run=True           # what it would take; nothing is allocated
+    torchrun --nproc_per_node=8 train.py config/mhc_27b.py
+
+out_dir receives config.json (settings, command line, commit), metrics.jsonl (one line a step, one an evaluation),
+maps.npz (heat maps of H_res at the last evaluation) and checkpoints. figures.py draws them, while a run goes on too.
+"""
+
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import fields
+
+import numpy as np
+import torch
+
+from configurator import above, at_least, between, configure, fail, one_of
+from data import Corpus, DataError, order
+from gains import alarms, gains, heat_maps, res_gradients, stream_spread
+from model import GPT, GPTConfig, peak_flops
+
+# -- the run --------------------------------------------------------------------------------------------------------
+out_dir = "out/run"
+data_dir = "data/python_bpe2048"  # a corpus made by prepare_data.py
+seed = 1337  # of the weights and of the order of the data
+device = "auto"  # 'cpu' | 'cuda' | 'mps'; 'auto': the best there is, and it is printed
+dtype = "float32"  # 'bfloat16': autocast outside the mappings; the streams are bf16 then (Eq 11)
+compile = False  # torch.compile the sublayers
+dry_run = False  # print what the run would take, and stop
+# -- the model: see GPTConfig ---------------------------------------------------------------------------------------
+vocab_size = 0  # 0: the corpus's own; more pads the embedding and the head
+seq_len = 1024
+n_layer = 12  # blocks; a block is two sublayers
+n_embd = 768  # C, the width of one stream
+n_head = 12
+q_lora_rank = 0  # 0: queries straight from x
+kv_lora_rank = 512
+qk_nope_head_dim = 128
+qk_rope_head_dim = 64
+v_head_dim = 128
+rope_theta = 10000.0
+first_k_dense_replace = 1  # leading blocks with a dense FFN
+intermediate_size = 2048  # of the dense FFN
+n_routed_experts = 16
+num_experts_per_tok = 4
+n_shared_experts = 1
+moe_intermediate_size = 512  # of one expert
+route_scale = 2.5  # the weights of a token's experts sum to this
+residual = "mhc"  # 'baseline' | 'hc' | 'mhc'
+n_streams = 4  # n, the expansion rate
+sinkhorn_iters = 20  # t_max
+alpha_init = 0.01
+collapse = "sum"  # 'sum' | 'head': how the streams become one again
+impl = "auto"  # of mhc_step: 'auto' | 'ref' | 'eager' | 'compiled' | 'triton'
+norm_eps = 1e-20
+init_std = 0.02
+# -- the optimizer --------------------------------------------------------------------------------------------------
+batch_size = 64  # sequences per optimizer step, over all processes
+micro_batch_size = 8  # sequences per forward of one process; divides batch_size
+max_steps = 1000  # optimizer steps
+lr = 6e-4  # at its peak
+warmup_steps = 100
+lr_schedule = "step"  # 'step' (the paper's) | 'cosine' | 'constant'
+decay_at = "0.8,0.9"  # step: fractions of the run ...
+decay_rates = "0.316,0.1"  # ... from which the LR is this fraction of its peak
+min_lr_ratio = 0.1  # cosine: the LR at the end, as a fraction of its peak
+beta1 = 0.9
+beta2 = 0.95
+adam_eps = 1e-20
+weight_decay = 0.1  # of matrices; norms, alpha and b take none
+grad_clip = 1.0  # largest norm of the gradient; 0: off
+bias_update_speed = 0.001  # gamma: how far an expert's selection bias moves in a step
+# -- watching -------------------------------------------------------------------------------------------------------
+eval_interval = 100  # steps between evaluations
+eval_sequences = 64  # of the validation split, always the first ones
+checkpoint_interval = 500  # steps between checkpoints; there is always one at the end
+log = "none"  # 'tensorboard' | 'wandb', beside metrics.jsonl
+profile = False  # write one trace of ten steps to out_dir/trace.json
+
+RULES = {
+    "device": one_of("auto", "cpu", "cuda", "mps"),
+    "dtype": one_of("float32", "bfloat16"),
+    "vocab_size": at_least(0),
+    "residual": one_of("baseline", "hc", "mhc"),
+    "collapse": one_of("sum", "head"),
+    "lr_schedule": one_of("step", "cosine", "constant"),
+    "log": one_of("none", "tensorboard", "wandb"),
+    "beta1": between(0, 0.9999),
+    "beta2": between(0, 0.99999),
+    **dict.fromkeys(
+        "seq_len n_layer n_embd n_head kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim intermediate_size "
+        "moe_intermediate_size num_experts_per_tok n_streams sinkhorn_iters batch_size micro_batch_size max_steps "
+        "eval_interval eval_sequences checkpoint_interval".split(),
+        at_least(1),
+    ),
+    **dict.fromkeys(
+        "seed q_lora_rank first_k_dense_replace n_routed_experts n_shared_experts warmup_steps min_lr_ratio norm_eps "
+        "adam_eps weight_decay grad_clip bias_update_speed init_std".split(),
+        at_least(0),
+    ),
+    **dict.fromkeys(("lr", "rope_theta", "route_scale"), above(0)),
+}
+SKIPS_IN_A_ROW = 10  # non-finite steps that end a run
+
+
+def model_config(settings):
+    """The GPTConfig among a run's settings."""
+    try:
+        return GPTConfig(**{f.name: settings[f.name] for f in fields(GPTConfig)})
+    except ValueError as e:
+        fail(str(e))
+
+
+def resolve_device(device):
+    """'auto' -> the best device there is; a device that is not there ends the program."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name, there in found.items() if there)
+    if not found[device]:
+        fail(f"device={device!r}: torch finds none here; wanted one of {[k for k, there in found.items() if there]}")
+    return device
+
+
+def learning_rate(step):
+    """The LR of optimizer step `step` = 0, 1, ...: linear warmup, then the schedule."""
+    if step < warmup_steps:
+        return lr * (step + 1) / warmup_steps
+    if lr_schedule == "cosine":
+        progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+        return lr * (min_lr_ratio + (1 - min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+    factor = 1.0
+    if lr_schedule == "step":
+        for at, rate in zip(numbers("decay_at"), numbers("decay_rates"), strict=True):
+            factor = rate if step >= at * max_steps else factor
+    return lr * factor
+
+
+def numbers(name):
+    """A setting like '0.8,0.9' as floats."""
+    try:
+        return [float(v) for v in globals()[name].split(",") if v]
+    except ValueError:
+        fail(f"{name}={globals()[name]!r}: wanted numbers with commas between them, like '0.8,0.9'")
+
+
+def check_settings():
+    """What no rule about a single setting can see."""
+    if batch_size % micro_batch_size:
+        near = [m for m in range(1, batch_size + 1) if batch_size % m == 0]
+        best = min(near, key=lambda m: abs(m - micro_batch_size))
+        fail(f"micro_batch_size={micro_batch_size} does not divide batch_size={batch_size}; the nearest is {best}")
+    if len(numbers("decay_at")) != len(numbers("decay_rates")):
+        fail(f"decay_at={decay_at!r} and decay_rates={decay_rates!r}: wanted as many of one as of the other")
+
+
+def make_optimizer(model):
+    """AdamW with decay on matrices only: mHC's and HC's alpha and b (the static terms) take none, phi and theta do."""
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    no_decay = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    fused = next(model.parameters()).device.type == "cuda"
+    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=adam_eps, fused=fused)
+
+
+def autocast(device):
+    """bf16 autocast if dtype says so; the mappings switch it off for themselves."""
+    return torch.autocast(device, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+
+
+# -- one optimizer step ---------------------------------------------------------------------------------------------
+
+
+def forward_backward(model, corpus, step, device):
+    """Add up the gradients of the batch of `step`, which is a function of seed and step alone. -> mean loss"""
+    ids = order(seed, step * batch_size, batch_size, corpus.n_sequences)
+    micro_batches = ids.reshape(-1, micro_batch_size)
+    model.zero_grad()
+    total = torch.zeros((), device=device)
+    for rows in micro_batches:
+        idx, targets = (t.to(device, non_blocking=True) for t in corpus.sequences(rows))
+        with autocast(device):
+            _, loss = model(idx, targets)
+        loss = loss / len(micro_batches)
+        loss.backward()
+        total += loss.detach()
+    return total.item()
+
+
+def optimizer_step(model, optimizer, step):
+    """Clip, step, move the experts' biases. -> gradient norm, expert load (max/mean). Skips a step that is not finite.
+
+    The gradients stay until the next forward_backward: an evaluation in between looks at them."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
+    load = model.expert_load()
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step)
+    finite = math.isfinite(norm)
+    if finite:
+        optimizer.step()
+    model.update_expert_bias(bias_update_speed if finite else 0.0, load)
+    return norm, (load.amax(1) / load.float().mean(1)).max().item() if len(load) else None
+
+
+# -- evaluation -----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def validation_loss(model, corpus, device):
+    """Mean loss in nats a token over the first eval_sequences of the validation split."""
+    model.eval()
+    ids = np.arange(min(eval_sequences, corpus.n_sequences))
+    total = 0.0
+    for start in range(0, len(ids), micro_batch_size):
+        rows = ids[start : start + micro_batch_size]
+        idx, targets = (t.to(device) for t in corpus.sequences(rows))
+        with autocast(device):
+            total += model(idx, targets)[1].item() * len(rows)
+    model.train()
+    return total / len(ids)
+
+
+def look_at_maps(model, corpus, device):
+    """Gains on one fixed sequence, and alarms for dead mappings. Leaves maps.npz, the heat maps figures.py draws."""
+    if residual == "baseline":
+        return {}, []
+    idx = corpus.sequences([0])[0].to(device)
+    with autocast(device):
+        seen = model.look(idx, lambda residual, x: (residual.maps(x)[2], stream_spread(x)))
+    H_res, spreads = [H for H, _ in seen], [spread for _, spread in seen]
+    path = os.path.join(out_dir, "maps.npz")
+    np.savez(path + ".tmp.npz", **heat_maps(H_res))
+    os.replace(path + ".tmp.npz", path)
+    return gains(H_res), alarms(res_gradients(model.residuals()), spreads, H_res)
+
+
+def peak_megabytes(device):
+    """The most memory this process has held so far: on the GPU, or else resident, in MB."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes / (1e6 if sys.platform == "darwin" else 1e3)  # macOS reports bytes
+
+
+# -- records --------------------------------------------------------------------------------------------------------
+
+
+class Log:
+    """metrics.jsonl, one flushed line a record, and TensorBoard or wandb if asked for."""
+
+    def __init__(self, settings):
+        self.file = open(os.path.join(out_dir, "metrics.jsonl"), "a")
+        self.others = []
+        try:
+            if log == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(out_dir)
+                self.others.append(lambda k, v, step: self.board.add_scalar(k, v, step))
+            elif log == "wandb":
+                import wandb
+
+                wandb.init(project="mhc", name=out_dir, config=settings)
+                self.others.append(lambda k, v, step: wandb.log({k: v}, step=step))
+        except ImportError as e:
+            fail(f"log={log!r} needs a package that is not installed ({e}): pip install {log}")
+
+    def write(self, record):
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        for send in self.others:
+            for name, value in record.items():
+                if name != "step" and isinstance(value, (int, float)):
+                    send(name, value, record["step"])
+
+
+def save_settings(settings):
+    """config.json: the settings, the command line and the commit, so that a result can be traced to what made it."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    record = {"settings": settings, "command": [sys.executable, *sys.argv], "commit": git.stdout.strip() or None}
+    path = os.path.join(out_dir, "config.json")
+    with open(path + ".tmp", "w") as f:
+        json.dump(record, f, indent=1)
+    os.replace(path + ".tmp", path)
+
+
+def start_profiler():
+    """With profile=True, a profiler that waits five steps and then traces ten into out_dir/trace.json."""
+    if not profile:
+        return nullcontext()
+    return torch.profiler.profile(
+        schedule=torch.profiler.schedule(wait=5, warmup=0, active=10, repeat=1),
+        on_trace_ready=lambda p: p.export_chrome_trace(os.path.join(out_dir, "trace.json")),
+    )
+
+
+# -- the run --------------------------------------------------------------------------------------------------------
+
+
+def open_corpora():
+    try:
+        return Corpus(data_dir, "train", seq_len), Corpus(data_dir, "val", seq_len)
+    except DataError as e:
+        fail(str(e))
+
+
+def build_model(settings, vocab, device):
+    """The model with its first values, on the device."""
+    global vocab_size
+    vocab_size = settings["vocab_size"] = vocab_size or vocab
+    if vocab_size < vocab:
+        fail(f"vocab_size={vocab_size}: the corpus in {data_dir} has {vocab} tokens")
+    model = GPT(model_config(settings))
+    model.init_weights(seed)
+    if compile:
+        for block in model.layers:
+            block.self_attn.compile()
+            block.mlp.compile()
+    return model.to(device)
+
+
+def mfu_per_token_rate(model, device):
+    """Model FLOPs utilisation at one token a second; None where the device's peak is not known."""
+    peak = peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
+    return model.flops_per_token() / peak if peak else None
+
+
+def evaluate(model, step, corpus, device, step_times, records):
+    """One evaluation: validation loss, gains, alarms; printed and recorded."""
+    loss = validation_loss(model, corpus, device)
+    found, alarm = look_at_maps(model, corpus, device)
+    record = {
+        "step": step,
+        "val_loss": loss,
+        "bits_per_byte": loss / math.log(2) / corpus.bytes_per_token,
+        "params": model.num_params()["total"],
+        "step_ms": statistics.median(step_times) * 1e3 if step_times else None,
+        "peak_MB": peak_megabytes(device),
+        **found,
+    }
+    records.write(record)
+    gain = ""
+    if found:  # of the whole depth
+        gain = f"  gain fwd {found['composite_fwd_max'][-1]:.3g} bwd {found['composite_bwd_max'][0]:.3g}"
+    print(f"step {step}: val_loss {loss:.4f}  bits/byte {record['bits_per_byte']:.4f}" + gain)
+    for line in alarm if step else []:  # before the first step no map has had a chance to move
+        print(line)
+
+
+def report_step(step, loss, norm, load, step_times, peak, records):
+    """The line of one optimizer step, printed and recorded. `step` counts the steps done."""
+    finite = math.isfinite(loss) and math.isfinite(norm)
+    rate = batch_size * seq_len / step_times[-1]
+    left = (max_steps - step) * statistics.median(step_times[-20:]) / 60
+    print(
+        f"step {step}/{max_steps}  loss {loss:.4f}  lr {learning_rate(step - 1):.2e}  grad_norm {norm:.3f}  "
+        f"{rate:,.0f} tokens/s" + (f"  mfu {rate * peak:.1%}" if peak else "") + f"  {left:.1f} min left"
+        + ("" if finite else "  NOT FINITE: skipped")
+    )
+    # NaN is not JSON: a loss or norm that is not finite is recorded as null
+    loss, norm = (v if math.isfinite(v) else None for v in (loss, norm))
+    lr_now = learning_rate(step - 1)
+    records.write({"step": step, "loss": loss, "lr": lr_now, "grad_norm": norm, "expert_load": load,
+                   "skipped": not finite, "step_ms": step_times[-1] * 1e3})
+
+
+def main():
+    """The run, from top to bottom."""
+    settings = configure(globals(), RULES)
+    check_settings()
+    on = resolve_device(device)
+    train_data, val_data = open_corpora()
+    model = build_model(settings, train_data.vocab_size, on)
+    optimizer = make_optimizer(model)
+    os.makedirs(out_dir, exist_ok=True)
+    save_settings(settings)
+    records, profiler = Log(settings), start_profiler()
+    print(f"device {on}, {dtype}, residual {residual}, {model.num_params()['total']:,} parameters -> {out_dir}")
+    flops_share = mfu_per_token_rate(model, on)
+
+    step_times, skips = [], 0
+    with profiler:
+        for step in range(max_steps + 1):
+            if step % eval_interval == 0 or step == max_steps:
+                evaluate(model, step, val_data, on, step_times, records)
+            if step == max_steps:
+                break
+            start = time.perf_counter()
+            loss = forward_backward(model, train_data, step, on)
+            norm, load = optimizer_step(model, optimizer, step)
+            step_times.append(time.perf_counter() - start)
+            report_step(step + 1, loss, norm, load, step_times, flops_share, records)
+            skips = 0 if math.isfinite(norm) else skips + 1
+            if skips == SKIPS_IN_A_ROW:
+                sys.exit(f"error: {skips} steps in a row were not finite; lower lr, or set grad_clip")
+            if profile:
+                profiler.step()
+
+
+if __name__ == "__main__":
+    main()
