@@ -1,0 +1,202 @@
+"""Draw what the paper draws, from run folders, finished or still going on; nothing is trained here.
+
+    python figures.py out/demo/baseline out/demo/hc out/demo/mhc --out=out/demo/report.png
+    python figures.py out/a out/b --figure=loss --out=loss.png          # Figs 2 and 5: loss gap and gradient norm
+    python figures.py out/hc out/mhc --figure=gains --out=gains.png     # Figs 3 and 7: single and composite gains
+    python figures.py out/mhc --figure=maps --out=maps.png              # Fig 8: H_res with its row and column sums
+
+Prints one table of the runs. 'report' is all of it on one page.
+The loss gap is to the run whose residual is 'baseline'.
+"""
+
+import json
+import os
+import sys
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+from configurator import configure, fail, one_of
+
+figure = "report"  # 'report' | 'loss' | 'gains' | 'maps'
+out = "report.png"  # where the picture goes; the ending chooses the format
+smooth = 0.02  # the loss gap is a running mean over this fraction of the steps
+
+COLORS = {"baseline": "#777777", "hc": "#d55e00", "mhc": "#0072b2"}
+STYLES = ["-", "--", ":", "-."]  # runs with the same residual
+
+
+class Run:
+    """One run folder: its name, settings, records of steps and of evaluations, and heat maps."""
+
+    def __init__(self, folder):
+        self.name = os.path.basename(os.path.normpath(folder))
+        try:
+            with open(os.path.join(folder, "config.json")) as f:
+                self.settings = json.load(f)["settings"]
+            with open(os.path.join(folder, "metrics.jsonl")) as f:
+                lines = [line for line in f if line.endswith("\n")]  # a run that goes on may be writing its last line
+        except FileNotFoundError as e:
+            fail(f"{folder}: not a run folder of train.py: there is no {os.path.basename(e.filename)}")
+        records = [json.loads(line) for line in lines]
+        self.steps = [r for r in records if r.get("loss") is not None]
+        self.evals = [r for r in records if "val_loss" in r]
+        self.residual = self.settings["residual"]
+        maps = os.path.join(folder, "maps.npz")
+        self.maps = dict(np.load(maps)) if os.path.exists(maps) else {}
+        if not self.evals:
+            fail(f"{folder}: no evaluation in metrics.jsonl yet; wait for the first")
+
+    def series(self, key):
+        """Two arrays: the steps at which `key` was recorded, and its values."""
+        pairs = [(r["step"], r[key]) for r in self.steps if r.get(key) is not None]
+        return np.array(pairs).reshape(-1, 2).T
+
+
+def running_mean(values, window):
+    """Mean over the last `window` values, or as many as there are."""
+    sums = np.concatenate(([0.0], np.cumsum(values)))
+    last = np.arange(1, len(values) + 1)
+    first = np.maximum(last - window, 0)
+    return (sums[last] - sums[first]) / (last - first)
+
+
+def print_table(runs):
+    """One row a run, from its last evaluation. The gains are the largest over the depth of the composite's."""
+    print(f"{'variant':<12} {'params':>12} {'val_loss':>9} {'bits_per_byte':>13} {'step_ms':>8} {'peak_MB':>8} "
+          f"{'gain_fwd':>9} {'gain_bwd':>9}")
+    for run in runs:
+        last = run.evals[-1]
+        forward, backward = (max(last.get(f"composite_{way}_max", [1.0])) for way in ("fwd", "bwd"))
+        print(f"{run.name:<12} {last['params']:>12,} {last['val_loss']:>9.4f} {last['bits_per_byte']:>13.4f} "
+              f"{last['step_ms'] or 0:>8.0f} {last['peak_MB']:>8.0f} {forward:>9.3g} {backward:>9.3g}")
+
+
+def look(runs):
+    """{run: colour and line style}: colour by residual, style by the how-manieth run of it."""
+    seen, looks = {}, {}
+    for run in runs:
+        k = seen[run.residual] = seen.get(run.residual, -1) + 1
+        looks[run] = {"color": COLORS[run.residual], "linestyle": STYLES[k % len(STYLES)], "label": run.name}
+    return looks
+
+
+def label(ax, title, x, y):
+    ax.set(title=title, xlabel=x, ylabel=y)
+    ax.grid(alpha=0.25, linewidth=0.5)
+    if ax.get_legend_handles_labels()[0]:
+        ax.legend(frameon=False, fontsize=8)
+
+
+def draw_loss(ax, runs):
+    """Loss gap to the baseline (Figs 2a, 5a), or the loss itself where no run is a baseline."""
+    base = next((run for run in runs if run.residual == "baseline"), None)
+    for run in runs:
+        steps, loss = run.series("loss")
+        window = max(1, int(smooth * len(steps)))
+        if base is not None:
+            at, base_loss = base.series("loss")
+            steps, here, there = np.intersect1d(steps, at, return_indices=True)
+            loss = loss[here] - base_loss[there]
+        ax.plot(steps, running_mean(loss, window), **look(runs)[run], linewidth=1)
+    gap = f"training loss gap to {base.name}" if base else "training loss"
+    label(ax, f"{gap} (running mean over {smooth:.0%} of the steps)", "step", "nats per token")
+
+
+def draw_gradient_norm(ax, runs):
+    """Gradient norm before clipping (Figs 2b, 5b)."""
+    for run in runs:
+        ax.plot(*run.series("grad_norm"), **look(runs)[run], linewidth=0.7)
+    ax.set_yscale("log")
+    label(ax, "gradient norm", "step", "")
+
+
+def draw_gain(ax, runs, kind, way):
+    """Amax gain magnitude by depth (Figs 3, 7): the line is the maximum, the band reaches down to the minimum."""
+    for run in (r for r in runs if r.residual != "baseline"):
+        last = run.evals[-1]
+        high, low = (np.array(last[f"{kind}_{way}_{m}"]) for m in ("max", "min"))
+        depth = np.arange(1, len(high) + 1)
+        ax.plot(depth, high, **look(runs)[run], linewidth=1.2)
+        ax.fill_between(depth, np.maximum(low, 1e-3), high, color=COLORS[run.residual], alpha=0.12, linewidth=0)
+    ax.set_yscale("log")
+    ax.axhline(1, color="black", linewidth=0.5)
+    what = {"fwd": "forward (row sums)", "bwd": "backward (column sums)"}[way]
+    label(ax, f"{kind} mapping, {what}", "sublayer l", "Amax gain magnitude")
+
+
+def draw_map(ax, title, M):
+    """One H_res, averaged over tokens, with its row sums at the right and column sums below (Fig 8)."""
+    n = len(M)
+    ax.imshow(M, cmap="RdBu_r", vmin=-1, vmax=1)
+    size = 7 if n <= 4 else 5
+    for i in range(n):
+        ax.text(n - 0.35, i, f"{M[i].sum():.3g}", fontsize=size, va="center", color="#0072b2")
+        ax.text(i, n - 0.25, f"{M[:, i].sum():.3g}", fontsize=size, ha="center", va="center", color="#d55e00")
+        for j in range(n):
+            ax.text(j, i, f"{M[i, j]:.2g}", fontsize=size - 1, ha="center", va="center",
+                    color="white" if abs(M[i, j]) > 0.6 else "black")
+    ax.set_title(title, fontsize=8)
+    ax.set(xticks=[], yticks=[])
+    ax.spines[:].set_visible(False)
+
+
+def draw_maps(fig, runs):
+    """A row of heat maps for each run that has them."""
+    runs = [run for run in runs if run.maps]
+    if not runs:
+        fail("no run here has heat maps: they are of residual 'hc' and 'mhc'")
+    axes = fig.subplots(len(runs), max(len(run.maps) for run in runs), squeeze=False)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for row, run in zip(axes, runs, strict=True):
+        for ax, (title, M) in zip(row, run.maps.items(), strict=False):
+            ax.set_axis_on()
+            draw_map(ax, f"{run.name}: {title}", M)
+    fig.suptitle("H_res averaged over tokens; blue: row sums (forward), orange: column sums (backward)", fontsize=9)
+
+
+def draw(runs):
+    """The figure asked for."""
+    n_maps = sum(bool(run.maps) for run in runs)
+    if figure == "maps":
+        fig = plt.figure(figsize=(12, 2.4 * max(1, n_maps)), layout="constrained")
+        draw_maps(fig, runs)
+        return fig
+    rows = {"loss": 1, "gains": 2, "report": 2}[figure]
+    height = 3.2 * rows + (2.3 * n_maps if figure == "report" else 0)
+    fig = plt.figure(figsize=(12, height), layout="constrained")
+    report = figure == "report" and n_maps
+    top, bottom = fig.subfigures(2, 1, height_ratios=(3.2 * rows, 2.3 * n_maps)) if report else (fig, None)
+    axes = iter(top.subplots(rows, 2).flat)
+    if figure != "gains":
+        draw_loss(next(axes), runs)
+        draw_gradient_norm(next(axes), runs)
+    for kind in {"loss": (), "gains": ("single", "composite"), "report": ("composite",)}[figure]:
+        for way in ("fwd", "bwd"):
+            draw_gain(next(axes), runs, kind, way)
+    if bottom:
+        draw_maps(bottom, runs)
+    return fig
+
+
+def main():
+    folders = [a for a in sys.argv[1:] if not a.startswith("-") and not a.endswith(".py")]
+    configure(globals(), {"figure": one_of("report", "loss", "gains", "maps")},
+              [a for a in sys.argv[1:] if a not in folders])
+    if not folders:
+        fail("wanted run folders: python figures.py out/demo/baseline out/demo/hc out/demo/mhc")
+    runs = [Run(folder) for folder in folders]
+    print_table(runs)
+    fig = draw(runs)
+    root, ending = os.path.splitext(out)
+    fig.savefig(f"{root}.tmp{ending}", dpi=140)
+    os.replace(f"{root}.tmp{ending}", out)
+    print(f"drawn: {out}")
+
+
+if __name__ == "__main__":
+    main()
