@@ -1,0 +1,32 @@
+# Everything runs in .venv, which each command makes for itself.
+PYTHON ?= python3
+py := .venv/bin/python
+rounds ?= 50
+
+.PHONY: demo test lint drill clean
+
+demo: .venv/done
+	$(py) prepare_data.py --dataset=python --tokenizer=bpe2048
+	for residual in baseline hc mhc; do \
+	  $(py) train.py config/demo.py --residual=$$residual --out_dir=out/demo/$$residual --init_from=scratch || exit 1; \
+	done
+	$(py) figures.py out/demo/baseline out/demo/hc out/demo/mhc --out=out/demo/report.png
+
+test: .venv/done
+	$(py) -m pytest -q tests
+
+lint: .venv/done
+	.venv/bin/ruff check .
+
+drill: .venv/done
+	$(py) drill.py --rounds=$(rounds)
+
+# Remade when requirements.txt changes.
+.venv/done: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: make PYTHON=python3.11 ...")'
+	$(PYTHON) -m venv .venv
+	$(py) -m pip install -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf out
