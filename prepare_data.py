@@ -10,23 +10,20 @@ Running the same command again finds it complete. Documents are whole in either 
 <|endoftext|>. Which documents are val depends on their content alone, so it changes with neither order nor machine.
 """
 
-import hashlib
-import itertools
-import json
+import contextlib
 import os
 import shutil
 import sys
-import sysconfig
 import time
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 from tqdm import tqdm
 
 from configurator import above, between, configure
-from data import DataError, sha256_file, shard_header, token_dtype
-from tokenizer import encode, load_tokenizer, make_tokenizer, save_tokenizer, token_lengths  # noqa: F401  (for sample.py, eval.py)
+from corpora import parts, text_sha256
+from data import DataError, read_header, read_meta, sha256_file, shard_header, token_dtype
+from download import DownloadError, read_record, sync_folder, write_json
+from tokenizer import load_tokenizer as load_tokenizer  # sample.py and eval.py find it here
+from tokenizer import make_tokenizer, read_tokenizer, save_tokenizer, token_lengths
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Settings
@@ -43,6 +40,8 @@ bpe_train_mb = 16.0  # MB of training text that bpe<size> is trained on
 shard_tokens = 100_000_000  # tokens a shard
 workers = -1  # threads that tokenise; -1: one for each core
 text_key = "text"  # the field of a .jsonl row that holds the document
+mirror = ""  # fetch https://host/path from <mirror>/host/path instead
+eval_dir = ""  # where dataset=eval puts the tasks; "": <data_root>/eval
 
 RULES = {
     "tokens": (lambda v: v == -1 or v > 0, "a number above 0, or -1 for all"),
@@ -52,120 +51,6 @@ RULES = {
     "shard_tokens": between(1, 2**31 - 1),
     "workers": (lambda v: v == -1 or v > 0, "a number above 0, or -1 for all cores"),
 }
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Documents
-
-
-def python_documents():
-    """Python's own standard library, one document a file, and the language's help topics, in the order of their hashes.
-
-    Left out: tests, installed packages, the codecs' tables. In the order of hashes, --tokens= takes a fair sample.
-    """
-    root = sysconfig.get_paths()["stdlib"]
-    skip = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-    documents = []
-    for folder, folders, files in os.walk(root):
-        folders[:] = [f for f in folders if f not in skip]
-        for name in files:
-            if name.endswith(".py"):
-                with open(os.path.join(folder, name), "rb") as f:
-                    documents.append(f.read().decode("utf-8", "replace"))
-    if not documents:
-        raise DataError(f"{root}: no .py files of the standard library here; use --dataset=<a folder of text>")
-    from pydoc_data.topics import topics
-
-    return sorted(documents + list(topics.values()), key=content_hash)
-
-
-def content_hash(text):
-    """A document's number in [0, 2^64), by its content alone; equal documents go to the same split."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest(), "big")
-
-
-def split_documents(documents, fraction):
-    """Yield (split, text) for each text, about `fraction` of the bytes being val.
-
-    A large corpus is split by its documents' hashes as it streams. One under 64 M characters is looked at whole, so
-    that the share is met although documents are few: val are the documents of the lowest hashes that fit into it.
-    """
-    documents, head, size = iter(documents), [], 0
-    while size < 64e6 and (text := next(documents, None)) is not None:
-        head.append(text)
-        size += len(text)
-    small = size < 64e6
-    val = pick_val(head, fraction * size) if small else None
-    for text in itertools.chain(head, documents):
-        number = content_hash(text)
-        yield ("val" if (number in val if small else number < fraction * 2**64) else "train"), text
-
-
-def pick_val(documents, budget):
-    """Hashes of the documents that are val: by rising hash, those that still fit into `budget` characters, or one."""
-    by_hash = {}
-    for text in documents:
-        number = content_hash(text)
-        by_hash[number] = by_hash.get(number, 0) + len(text)
-    val = set()
-    for number in sorted(by_hash):
-        if by_hash[number] <= budget:
-            val.add(number)
-            budget -= by_hash[number]
-    return val or {min(by_hash, default=None, key=lambda number: (by_hash[number], number))}
-
-
-def cut_in_two(text, fraction):
-    """One long text as two documents, (train, val), cut at the paragraph nearest before the last `fraction` of it."""
-    at = int(len(text) * (1 - fraction))
-    at = text.rfind("\n\n", 0, at) + 2 if "\n\n" in text[:at] else at
-    return text[:at], text[at:]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokenising on all cores
-
-
-def batches(documents, size=1 << 18):
-    """Group (split, text) into lists of (split, piece of text, is its document's end) of about `size` characters."""
-    batch, filled = [], 0
-    for split, text in documents:
-        while text:
-            at = len(text)
-            if at > 2 * size:  # a very long document is cut at a line's end, so that all cores can share it
-                at = text.rfind("\n", 0, size) + 1 or size
-            batch.append((split, text[:at], at == len(text)))
-            filled, text = filled + at, text[at:]
-            if filled >= size:
-                yield batch
-                batch, filled = [], 0
-    if batch:
-        yield batch
-
-
-def encode_batch(enc, batch):
-    """List of (split, uint32 tokens), each document's end marked by <|endoftext|>."""
-    end = np.array([enc.eot_token], dtype=np.uint32)
-    return [(split, np.concatenate([encode(enc, text), end[:last]])) for split, text, last in batch]
-
-
-def encoded(documents, enc, n_threads):
-    """Yield (split, tokens) in the documents' order, encoded by n_threads threads.
-
-    Threads are enough, and they end with the program: tiktoken releases the GIL. Few batches are in flight, so memory
-    stays small however long the stream is.
-    """
-    with ThreadPoolExecutor(n_threads) as pool:
-        flying = deque()
-        try:
-            for batch in batches(documents):
-                flying.append(pool.submit(encode_batch, enc, batch))
-                if len(flying) > 4 * n_threads:
-                    yield from flying.popleft().result()
-            while flying:
-                yield from flying.popleft().result()
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing shards
@@ -184,23 +69,24 @@ class SplitWriter:
     def full(self):
         return self.limit != -1 and self.tokens >= self.limit
 
-    def write(self, tokens):
-        """Append tokens, up to the limit; returns the number of bytes of text they stand for."""
+    def write(self, ids):
+        """Append tokens up to the limit; returns how many."""
         if self.limit != -1:
-            tokens = tokens[:self.limit - self.tokens]
-        n_bytes = int(self.lengths[tokens].sum())
-        self.tokens, self.bytes = self.tokens + len(tokens), self.bytes + n_bytes
-        self.documents += int((tokens == self.eot).sum())
-        while len(tokens):
+            ids = ids[:self.limit - self.tokens]
+        self.tokens += len(ids)
+        self.bytes += int(self.lengths[ids].sum())
+        self.documents += int((ids == self.eot).sum())
+        n = len(ids)
+        while len(ids):
             if self.file is None:
                 self.open_shard()
             room = self.shard_tokens - self.in_shard
-            self.file.write(tokens[:room].astype(self.dtype).tobytes())
-            self.in_shard += min(room, len(tokens))
-            tokens = tokens[room:]
+            self.file.write(ids[:room].astype(self.dtype).tobytes())
+            self.in_shard += min(room, len(ids))
+            ids = ids[room:]
             if self.in_shard == self.shard_tokens:
                 self.close_shard()
-        return n_bytes
+        return n
 
     def open_shard(self):
         self.name, self.in_shard = f"{self.split}_{len(self.files):06d}.bin", 0
@@ -225,81 +111,233 @@ class SplitWriter:
         return {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents,
                 "bytes_per_token": self.bytes / max(self.tokens, 1), "files": self.files}
 
-
-def write_json(path, value):
-    """Write JSON under a temporary name, bring it to the disk, rename it."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1, ensure_ascii=False)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    def restore(self, info):
+        """Continue after the shards an interrupted run had finished."""
+        self.tokens, self.bytes, self.documents = info["tokens"], info["bytes"], info["documents"]
+        self.files = info["files"]
 
 
-def sync_folder(path):
-    """Bring renames within a folder to the disk."""
-    if hasattr(os, "O_DIRECTORY"):  # not on Windows
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        os.fsync(fd)
-        os.close(fd)
+def write_parts(folder, s, enc, todo, journal):
+    """Write the parts into `folder`. After each, the shards are closed and the journal on the disk says so."""
+    limits = {"train": s["tokens"], "val": s["val_tokens"]}
+    writers = {k: SplitWriter(folder, k, enc, limit, s["shard_tokens"]) for k, limit in limits.items()}
+    for k, w in writers.items():
+        if k in journal["splits"]:
+            w.restore(journal["splits"][k])
+    n_threads = os.cpu_count() if s["workers"] == -1 else s["workers"]
+    started, before = time.time(), sum(w.bytes for w in writers.values())
+    limit = None if s["tokens"] == -1 else s["tokens"]
+    with tqdm(total=limit, initial=writers["train"].tokens, desc="tokens", unit_scale=True, disable=None) as bar:
+        for part in todo:
+            if part.name in journal["parts"] or all(writers[k].full for k in part.splits):
+                continue
+            with contextlib.closing(part.encoded(enc, n_threads)) as stream:
+                for split, ids in stream:
+                    n = writers[split].write(ids)
+                    bar.update(n if split == "train" else 0)
+                    if all(writers[k].full for k in part.splits) or writers["train"].full:
+                        break
+            for w in writers.values():
+                w.close_shard()
+            journal["parts"].append(part.name)
+            journal["sources"] += part.record()
+            journal["splits"] = {k: w.info() for k, w in writers.items()}
+            write_json(os.path.join(folder, "journal.json"), journal)
+    seconds, n_bytes = time.time() - started, sum(w.bytes for w in writers.values()) - before
+    print(f"tokenised {n_bytes / 1e6:.1f} MB of text in {seconds:.1f} s: {n_bytes / 1e6 / seconds:.1f} MB/s "
+          f"on {n_threads} threads")
+    return {k: w.info() for k, w in writers.items()}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The whole
 
-
-def write_corpus(folder, s, documents, sample, sources):
-    """Write a corpus into `folder`: documents() yields (split, text); sample() yields text to train a BPE on."""
-    enc = make_tokenizer(s["tokenizer"], sample())
-    save_tokenizer(enc, os.path.join(folder, "tokenizer.json"))
-    limits = {"train": s["tokens"], "val": s["val_tokens"]}
-    writers = {k: SplitWriter(folder, k, enc, limit, s["shard_tokens"]) for k, limit in limits.items()}
-    n_threads = os.cpu_count() if s["workers"] == -1 else s["workers"]
-    start, total = time.time(), None if s["tokens"] == -1 else s["tokens"]
-    with tqdm(total=total, desc="tokenising", unit="token", unit_scale=True, disable=None) as bar:
-        for split, ids in encoded(documents(), enc, n_threads):
-            writers[split].write(ids)
-            if split == "train":
-                bar.update(len(ids))
-            if writers["train"].full:
-                break
-    for w in writers.values():
-        w.close_shard()
-    n_bytes, seconds = sum(w.bytes for w in writers.values()), time.time() - start
-    print(f"tokenised {n_bytes / 1e6:.1f} MB of text in {seconds:.1f} s: {n_bytes / 1e6 / seconds:.1f} MB/s "
-          f"on {n_threads} threads")
-    return enc, {k: w.info() for k, w in writers.items()}
+IDENTITY = "dataset tokenizer tokens val_tokens val_fraction bpe_train_mb shard_tokens text_key".split()
 
 
 def prepare(s):
-    """Make the corpus that the settings s (a dict) describe; returns its folder."""
-    fraction = 0.02 if s["val_fraction"] == -1 else s["val_fraction"]
-    final = s["data_dir"] or os.path.join(s["data_root"], f"{s['dataset']}_{s['tokenizer']}")
-    if s["dataset"] != "python":
-        raise DataError(f"unknown dataset {s['dataset']!r}: wanted python")
-    if os.path.exists(os.path.join(final, "meta.json")):
-        print(f"{final}: complete already, nothing to do")
+    """Make the corpus that the settings s (a dict) describe; returns its folder. Raises DataError, DownloadError."""
+    s = s | {"val_fraction": s["val_fraction"] if s["val_fraction"] != -1 else
+             0.1 if s["dataset"] == "shakespeare" else 0.02}
+    todo = parts(s)
+    name = f"{short_name(s['dataset'])}_{s['tokenizer']}"
+    final = os.path.normpath(s["data_dir"] or os.path.join(s["data_root"], name))
+    identity = {k: s[k] for k in IDENTITY} | {"text_sha256": text_sha256(s["dataset"])}
+    if not s["overwrite"] and is_complete(final, identity):
+        print(f"{final}: complete already, made with these settings; nothing to do")
         return final
-    folder = final.rstrip("/") + ".tmp"
-    shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder)
-    texts = list(split_documents(python_documents(), fraction))
-    enc, splits = write_corpus(folder, s, lambda: texts, lambda: (t for split, t in texts if split == "train"), [])
+    check_room(s, final)
+    folder = final + ".tmp"
+    os.makedirs(folder, exist_ok=True)
+    with sole_writer(folder):
+        write_corpus(folder, s, identity, todo)
+        put_in_place(folder, final)
+    report(final)
+    return final
+
+
+def short_name(dataset):
+    """The dataset's name within the corpus's: for a path, its last part without the endings."""
+    return os.path.basename(os.path.normpath(dataset)).split(".")[0] or "text"
+
+
+def is_complete(final, identity):
+    """Whether a corpus of these settings is there and whole. Raises DataError if something else is in its place."""
+    if not os.path.lexists(final):
+        return False
+    if not os.path.exists(os.path.join(final, "meta.json")):
+        raise DataError(f"{final}: is there and is no prepared corpus; choose another --data_dir=")
+    meta = read_meta(final)
+    other = [f"{k}: it has {meta['settings'].get(k)!r}, wanted {v!r}" for k, v in identity.items()
+             if meta["settings"].get(k) != v]
+    if other:
+        raise DataError(f"{final}: holds a corpus made with other settings ({'; '.join(other)}); "
+                        "use --overwrite=True, or another --data_dir=")
+    for info in meta["splits"].values():
+        for f in info["files"]:
+            path = os.path.join(final, f["name"])
+            if not os.path.exists(path) or read_header(path)[0] != f["tokens"]:
+                raise DataError(f"{path}: missing or damaged; use --overwrite=True to make the corpus anew")
+    return True
+
+
+def check_room(s, final):
+    """Refuse to begin what cannot fit on the disk, where the number of tokens is known."""
+    parent = os.path.dirname(final) or "."
+    os.makedirs(parent, exist_ok=True)
+    wanted = max(s["tokens"], 0) * (4 if s["tokenizer"].startswith(("cl100k", "o200k")) else 2)
+    free = shutil.disk_usage(parent).free
+    if s["dataset"] in ("c4", "fineweb10b") and wanted > free:
+        raise DataError(f"{parent}: {s['tokens']} tokens take {wanted} bytes, {free} are free; "
+                        "ask for fewer --tokens= or name another --data_root=")
+
+
+@contextlib.contextmanager
+def sole_writer(folder):
+    """Hold the unfinished corpus against a second process that would write the same one."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock
+        yield
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        raise DataError(f"{folder}: another process is writing this corpus; wait for it") from None
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def write_corpus(folder, s, identity, todo):
+    """Write the corpus into `folder`, continuing what an interrupted run with the same settings finished there.
+
+    If it fails, parts that were finished stay for the next run; a folder in which none was is removed.
+    """
+    journal = read_record(os.path.join(folder, "journal.json"))
+    if not journal or journal["settings"] != identity:
+        journal = {"settings": identity, "parts": [], "sources": [], "splits": {}}
+    clean(folder, journal)
+    if journal["parts"]:
+        print(f"{folder}: continuing after {len(journal['parts'])} finished parts")
+    try:
+        enc = tokenizer_of(folder, s, todo)
+        splits = write_parts(folder, s, enc, todo, journal)
+        check_splits(s, splits)
+        write_meta(folder, s, identity, enc, splits, journal["sources"])
+    except BaseException as e:  # Ctrl-C too; all of them go on upwards
+        clean(folder, journal)
+        if not journal["parts"]:
+            shutil.rmtree(folder)
+        if isinstance(e, OSError):
+            raise DataError(f"{folder}: not finished: {e}; nothing half-written was left behind "
+                            "(disk full? make room or name another --data_root=)") from e
+        raise
+
+
+def clean(folder, journal):
+    """Remove whatever an interrupted run left unfinished."""
+    keep = {f["name"] for info in journal["splits"].values() for f in info["files"]}
+    keep |= {"journal.json", "tokenizer.json"} if journal["parts"] else set()
+    for name in set(os.listdir(folder)) - keep:
+        os.remove(os.path.join(folder, name))
+
+
+def tokenizer_of(folder, s, todo):
+    """The tokenizer, kept in the folder; a bpe<size> is trained on the first bpe_train_mb of training text."""
+    path = os.path.join(folder, "tokenizer.json")
+    if not os.path.exists(path):
+        train = next(p for p in todo if "train" in p.splits)
+        save_tokenizer(make_tokenizer(s["tokenizer"], sample(train, s["bpe_train_mb"] * 1e6), s["mirror"]), path)
+    return read_tokenizer(path)
+
+
+def sample(part, n_chars):
+    """Training text of a part, until it is n_chars long."""
+    with contextlib.closing(part.documents()) as documents:
+        for split, text in documents:
+            if split == "train":
+                yield text
+                n_chars -= len(text)
+                if n_chars <= 0:
+                    return
+
+
+def check_splits(s, splits):
+    """A corpus needs both splits; fewer tokens than asked for are worth a line."""
+    for split, info in splits.items():
+        if not info["tokens"]:
+            raise DataError(f"{s['dataset']}: no text for {split}: there are too few documents for val_fraction="
+                            f"{s['val_fraction']} and tokens={s['tokens']}; name larger ones")
+    if splits["train"]["tokens"] < s["tokens"]:
+        print(f"note: {s['tokens']:,} training tokens were asked for, but that is all of {s['dataset']}")
+
+
+def write_meta(folder, s, identity, enc, splits, sources):
+    """meta.json, the last file of a corpus."""
     write_json(os.path.join(folder, "meta.json"), {
         "format": 1, "dataset": s["dataset"], "tokenizer": s["tokenizer"], "vocab_size": enc.n_vocab,
         "eot": enc.eot_token, "dtype": token_dtype(enc.n_vocab).name, "tokenizer_file": "tokenizer.json",
         "tokenizer_sha256": sha256_file(os.path.join(folder, "tokenizer.json")),
-        "bytes_per_token": {k: v["bytes_per_token"] for k, v in splits.items()}, "splits": splits,
-        "sources": [{"name": f"Python {sys.version.split()[0]} standard library and help topics"}]})
+        "bytes_per_token": {k: v["bytes_per_token"] for k, v in splits.items()},
+        "splits": splits, "sources": sources, "settings": identity})
+    os.remove(os.path.join(folder, "journal.json"))
+
+
+def put_in_place(folder, final):
+    """Rename the finished folder; a corpus that stood there goes only then."""
     sync_folder(folder)
+    old = final + ".old"
+    if os.path.exists(final):
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(final, old)
     os.rename(folder, final)
-    for k, v in splits.items():
-        print(f"{final}: {k}: {v['tokens']:,} tokens, {v['documents']:,} documents, "
-              f"{v['bytes_per_token']:.3f} bytes a token")
-    return final
+    sync_folder(os.path.dirname(final) or ".")
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def report(final):
+    meta = read_meta(final)
+    for split, v in meta["splits"].items():
+        print(f"{final}: {split}: {v['tokens']:,} tokens in {v['documents']:,} documents, "
+              f"{v['bytes_per_token']:.3f} bytes a token, vocabulary {meta['vocab_size']}")
+
+
+def main(s):
+    """The command: exit code 0, 1 after an error (one line), 130 after Ctrl-C."""
+    try:
+        prepare(s)
+    except (DataError, DownloadError) as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing unfinished was left behind", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        prepare(configure(globals(), RULES))
-    except DataError as e:
-        sys.exit(f"error: {e}")
+    sys.exit(main(configure(globals(), RULES)))

@@ -9,19 +9,25 @@ one never downloads anything: load_tokenizer(data_dir).
 """
 
 import base64
+import contextlib
+import hashlib
 import heapq
 import json
 import os
 import re
-from collections import Counter, defaultdict
+import tempfile
+from collections import Counter, defaultdict, deque
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import regex
 import tiktoken
+import tiktoken.load
 from tiktoken_ext.openai_public import r50k_pat_str
 from tqdm import tqdm
 
 from data import DataError, read_meta, sha256_file
+from download import DownloadError, read_url
 
 ENDOFTEXT = "<|endoftext|>"
 
@@ -123,18 +129,55 @@ def merge(ids, pair, new):
 
 
 def tiktoken_by_name(name, mirror=""):
-    """tiktoken's encoding of this name. Raises DataError: unknown, or its ranks cannot be had (which, where to)."""
+    """tiktoken's encoding of this name. Raises DataError: unknown, or ranks not to be had (which, and where to)."""
     known = tiktoken.list_encoding_names()
     if name not in known:
         raise DataError(f"unknown tokenizer {name!r}: wanted bytes, bpe<size> or one of {', '.join(sorted(known))}")
-    # gpt2 has the ranks of r50k_base. tiktoken builds it from two files of another format; one file is enough.
-    enc = tiktoken.get_encoding("r50k_base" if name == "gpt2" else name)
+    with checked_downloads(mirror):
+        # gpt2 has the ranks of r50k_base. tiktoken builds it from two files of another format; one file is enough.
+        enc = tiktoken.get_encoding("r50k_base" if name == "gpt2" else name)
     if name == "gpt2":
         enc = tiktoken.Encoding("gpt2", pat_str=enc._pat_str, mergeable_ranks=enc._mergeable_ranks,
                                 special_tokens=enc._special_tokens, explicit_n_vocab=50257)
     if ENDOFTEXT not in enc.special_tokens_set:
         raise DataError(f"tokenizer {name!r} has no {ENDOFTEXT}, which separates documents; use another")
     return enc
+
+
+@contextlib.contextmanager
+def checked_downloads(mirror):
+    """Within it tiktoken fetches its ranks by our downloader: with time-outs, retries and a helpful error.
+
+    tiktoken's own fetch (tiktoken.load.read_file) waits for ever on a stalled connection. Its cache and its sha256
+    check stay in force.
+    """
+    theirs = tiktoken.load.read_file
+
+    def read_file(url):
+        try:
+            return read_url(url, mirror=mirror) if "://" in url else theirs(url)
+        except DownloadError as e:
+            raise DataError(where_to_put_ranks(url, e)) from e
+
+    tiktoken.load.read_file = read_file
+    try:
+        yield
+    except ValueError as e:  # tiktoken's hash mismatch
+        raise e if isinstance(e, DataError) else DataError(str(e)) from e
+    finally:
+        tiktoken.load.read_file = theirs
+
+
+def where_to_put_ranks(url, error):
+    """What to do when tiktoken's ranks at this URL cannot be downloaded."""
+    folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
+    folder = folder or os.path.join(tempfile.gettempdir(), "data-gym-cache")  # tiktoken's default
+    name = hashlib.sha1(url.encode()).hexdigest()
+    return (f"tiktoken's ranks cannot be downloaded ({error})\n"
+            f"  wanted: {url}\n"
+            f"  to do:  fetch that file on a machine with a network, put it at {os.path.join(folder, name)}\n"
+            f"          (the name is the sha1 of the URL; another folder: set TIKTOKEN_CACHE_DIR), and run again;\n"
+            f"          or use --tokenizer=bytes or --tokenizer=bpe<size>, which need no download")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -148,6 +191,49 @@ def encode(enc, text):
     except UnicodeEncodeError:  # lone surrogates, which JSON can spell: pairs are joined, the rest become U+FFFD
         return enc.encode_to_numpy(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
                                    disallowed_special=())
+
+
+def batches(documents, size=1 << 18):
+    """Group (split, text) into lists of (split, piece of text, is its document's end) of about `size` characters."""
+    batch, filled = [], 0
+    for split, text in documents:
+        start, stop = 0, 0
+        while stop < len(text):
+            stop = len(text)
+            if stop - start > 2 * size:  # a very long document is cut at a line's end, so that all cores can share it
+                stop = text.rfind("\n", start, start + size) + 1 or start + size
+            batch.append((split, text[start:stop], stop == len(text)))
+            filled, start = filled + stop - start, stop
+            if filled >= size:
+                yield batch
+                batch, filled = [], 0
+    if batch:
+        yield batch
+
+
+def encode_batch(enc, batch):
+    """List of (split, uint32 tokens), each document's end marked by <|endoftext|>."""
+    end = np.array([enc.eot_token], dtype=np.uint32)
+    return [(split, np.concatenate([encode(enc, text), end[:last]])) for split, text, last in batch]
+
+
+def encode_documents(documents, enc, n_threads):
+    """Yield (split, tokens) in the order of documents, which are (split, text), encoded by n_threads threads.
+
+    Threads are enough, and they end with the program: tiktoken releases the GIL. Few batches are in flight, so memory
+    stays small however long the stream is.
+    """
+    with ThreadPoolExecutor(n_threads) as pool:
+        flying = deque()
+        try:
+            for batch in batches(documents):
+                flying.append(pool.submit(encode_batch, enc, batch))
+                if len(flying) > 4 * n_threads:
+                    yield from flying.popleft().result()
+            while flying:
+                yield from flying.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
 
 def token_lengths(enc):
@@ -177,6 +263,11 @@ def load_tokenizer(data_dir):
         raise DataError(f"{path}: meta.json names this tokenizer, but it is not there; prepare the data again")
     if (got := sha256_file(path)) != meta["tokenizer_sha256"]:
         raise DataError(f"{path}: altered: wanted sha256 {meta['tokenizer_sha256']}, got {got}; prepare the data again")
+    return read_tokenizer(path)
+
+
+def read_tokenizer(path):
+    """A tokenizer written by save_tokenizer."""
     with open(path, encoding="utf-8") as f:
         spec = json.load(f)
     return tiktoken.Encoding(spec["name"], pat_str=spec["pat_str"], special_tokens=spec["special_tokens"],
