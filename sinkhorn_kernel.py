@@ -1,21 +1,706 @@
 """The residual mappings of mHC: `sinkhorn`, `mhc_coeffs`, `mhc_pre`, `mhc_post_res`, and `mhc_step` that joins them.
 
-For now every function is its plain PyTorch twin (mhc_ref.py); the fused kernels come in here, behind `impl`.
+(essay to come)
 """
 
-from mhc_ref import (
-    mhc_coeffs_ref,
-    mhc_post_res_ref,
-    mhc_pre_ref,
-    mhc_step_ref,
-    sinkhorn_ref,
-)
+from __future__ import annotations
 
-sinkhorn, mhc_coeffs, mhc_pre, mhc_post_res = sinkhorn_ref, mhc_coeffs_ref, mhc_pre_ref, mhc_post_res_ref
+import torch
+from torch import Tensor
+
+from mhc_ref import mhc_coeffs_ref, mhc_post_res_ref, mhc_pre_ref, mhc_step_ref, sinkhorn_ref
+
+try:
+    import triton
+    import triton.language as tl
+except ModuleNotFoundError:  # no wheel for this platform (macOS): everything but impl='triton' still works
+    from types import SimpleNamespace
+
+    triton, tl = None, SimpleNamespace(constexpr=None)
+
+
+def jit(kernel):
+    """triton.jit where Triton exists, so that this file imports where it does not.
+
+    Token counts are never specialised on: one compilation serves every batch.
+    """
+    return kernel if triton is None else triton.jit(kernel, do_not_specialize=["T"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pieces. A tile is (BT, BC), tokens by channels of one stream; tuples hold one tile, or one (BT,) map entry, a stream.
+
+
+@jit
+def logsumexp(a, axis: tl.constexpr):
+    top = tl.max(a, axis)
+    return top + tl.log(tl.sum(tl.exp(a - tl.expand_dims(top, axis)), axis))
+
+
+@jit
+def load_streams(ptr, row, c, live, C, n: tl.constexpr):
+    """n tiles, fp32, of a (tokens, n, C) tensor whose first token here is ptr's."""
+    tiles = ()
+    for i in tl.static_range(n):
+        tiles = tiles + (tl.load(ptr + row[:, None] * (n * C) + i * C + c[None, :], live, 0.0).to(tl.float32),)
+    return tiles
+
+
+@jit
+def load_entries(ptr, row, live, k: tl.constexpr):
+    """k vectors (BT,): the entries of a (tokens, k) map.
+
+    Each is a sum that picks one column, not a load of its own: the compiler moves the matrix layout of a product's
+    operand back through arithmetic to the loads behind it, and every tile would be held twice. A sum stops it.
+    """
+    column = tl.arange(0, k)[None, :]
+    entries = tl.load(ptr + row[:, None] * k + column, live[:, None], 0.0)
+    picked = ()
+    for i in tl.static_range(k):
+        picked = picked + (tl.sum(tl.where(column == i, entries, 0.0), 1),)
+    return picked
+
+
+@jit
+def mix(i: tl.constexpr, x, y, H_post, H_res, n: tl.constexpr):
+    """Stream i of Eq 3, from tuples of tiles and of map entries, before rounding."""
+    out = H_post[i][:, None] * y
+    for j in tl.static_range(n):
+        out += H_res[i * n + j][:, None] * x[j]
+    return out
+
+
+@jit
+def dot(a, w, acc, PRECISION: tl.constexpr):
+    """acc + a @ w, with a in x's dtype and w in fp32.
+
+    '3xbf16': w = w1 + w2 + w3 in bf16, 24 bits in all, and bf16 products are exact in fp32: as good as fp32, on
+    tensor cores. Other names are Triton's: 'tf32' (Eq 10), 'tf32x3', 'ieee'.
+    """
+    if PRECISION == "3xbf16":
+        w1 = w.to(tl.bfloat16)
+        w2 = (w - w1.to(tl.float32)).to(tl.bfloat16)
+        w3 = (w - w1.to(tl.float32) - w2.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(a, w1, tl.dot(a, w2, tl.dot(a, w3, acc)))
+    else:
+        return tl.dot(a.to(tl.float32), w, acc, input_precision=PRECISION)
+
+
+@jit
+def sinkhorn_forward(log_M, ITERS: tl.constexpr):
+    """(BT, n, n) logits -> H_res, in the log domain (Eq 9)."""
+    for _ in range(ITERS):
+        # log_M = log_M - log_M.logsumexp(-2, keepdim=True)  # T_c: every column sums to 1
+        log_M -= logsumexp(log_M, 1)[:, None, :]
+        # log_M = log_M - log_M.logsumexp(-1, keepdim=True)  # T_r: every row sums to 1
+        log_M -= logsumexp(log_M, 2)[:, :, None]
+    return tl.exp(log_M)
+
+
+@jit
+def sinkhorn_backward(log_M, dM, n: tl.constexpr, ITERS: tl.constexpr, BT: tl.constexpr, HISTORY: tl.constexpr):
+    """Gradient of the logits from that of H_res: every iteration replayed, then undone in turn.
+
+    Iterates differ by potentials alone: log M then = log M at the end + u[:, None] + v[None, :], where u sums the row
+    norms of the iterations undone so far and v follows from u by T_c. So the whole history is one row norm an
+    iteration, (BT, n, HISTORY), in registers; and since u, v start at 0, nothing large cancels where M is not small.
+    Undoing a normalisation: with G the gradient of log M after it, the gradient before is G - M * G.sum(its axis).
+    """
+    step = tl.arange(0, HISTORY)[None, None, :]
+    history = tl.zeros((BT, n, HISTORY), tl.float32)
+    for k in range(ITERS):
+        log_M -= logsumexp(log_M, 1)[:, None, :]
+        norm = logsumexp(log_M, 2)[:, :, None]
+        log_M -= norm
+        history = tl.where(step == k, norm, history)
+    G = dM * tl.exp(log_M)
+    u = tl.zeros((BT, n), tl.float32)
+    for k in range(ITERS):
+        before = u + tl.sum(tl.where(step == ITERS - 1 - k, history, 0.0), 2)
+        after_T_c = log_M + before[:, :, None]
+        after_T_c -= logsumexp(after_T_c, 1)[:, None, :]
+        G -= tl.exp(after_T_c + (u - before)[:, :, None]) * tl.sum(G, 2)[:, :, None]  # undo T_r
+        G -= tl.exp(after_T_c) * tl.sum(G, 1)[:, None, :]  # undo T_c
+        u = before
+    return G
+
+
+@jit
+def map_offsets(row, n: tl.constexpr):
+    """Offsets of a (tokens, n) and of a (tokens, n, n) map, and their columns in phi, b and proj."""
+    i = tl.arange(0, n)
+    ij = i[:, None] * n + i[None, :]
+    return row[:, None] * n + i[None, :], row[:, None, None] * (n * n) + ij[None, :, :], i, ij
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Forward.
+
+
+@jit
+def mhc_step_kernel(
+    x_ptr, y_ptr, H_post_ptr, H_res_ptr, phi_ptr, alpha_ptr, b_ptr,
+    x_next_ptr, x_in_ptr, H_post_next_ptr, H_res_next_ptr, proj_ptr, r_ptr,
+    T, C, eps,
+    n: tl.constexpr, ITERS: tl.constexpr, HAS_Y: tl.constexpr, HAS_NEXT: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """One boundary for BT tokens: all channels twice."""
+    M: tl.constexpr = n * n + 2 * n  # columns of phi
+    MR: tl.constexpr = n * n if n * n > 16 else 16  # width of the two products: at least 16, for the tensor cores
+    start = tl.program_id(0).to(tl.int64) * BT  # 64 bits here, so that 32 do for offsets inside the program
+    row = tl.arange(0, BT)
+    live = start + row < T
+    x_ptr += start * n * C
+    x_next_ptr += start * n * C
+    H_post, H_res = (), ()
+    if HAS_Y:
+        y_ptr += start * C
+        H_post = load_entries(H_post_ptr + start * n, row, live, n)
+        H_res = load_entries(H_res_ptr + start * n * n, row, live, n * n)
+
+    square = tl.zeros((BT,), tl.float32)
+    gates = tl.zeros((BT, 16), tl.float32)  # columns pre | post of proj, then zeros
+    res = tl.zeros((BT, MR), tl.float32)  # columns res, then zeros
+    g = tl.arange(0, 16)[None, :]
+    m = tl.arange(0, MR)[None, :]
+    for c0 in range(0, C, BC):
+        c = c0 + tl.arange(0, BC)
+        tile = live[:, None] & (c < C)[None, :]
+        x = load_streams(x_ptr, row, c, tile, C, n)
+        if HAS_Y:
+            y = tl.load(y_ptr + row[:, None] * C + c[None, :], tile, 0.0).to(tl.float32)
+        for i in tl.static_range(n):
+            # x_next = x if y is None else mhc_post_res_ref(x, y, H_post, H_res)
+            x_next = x[i]
+            if HAS_Y:
+                x_next = mix(i, x, y, H_post, H_res, n)
+            x_next = x_next.to(x_ptr.dtype.element_ty)  # rounded before anything reads it
+            if HAS_Y:
+                tl.store(x_next_ptr + row[:, None] * (n * C) + i * C + c[None, :], x_next, tile)
+            if HAS_NEXT:
+                # proj = v @ phi.to(v.dtype)  # Eq 14
+                phi_i = phi_ptr + (i * C + c)[:, None] * M
+                phi_gates = tl.load(phi_i + g, (c < C)[:, None] & (g < 2 * n), 0.0)
+                phi_res = tl.load(phi_i + 2 * n + m, (c < C)[:, None] & (m < n * n), 0.0)
+                gates = dot(x_next, phi_gates, gates, PRECISION)
+                res = dot(x_next, phi_res, res, PRECISION)
+                square += tl.sum(x_next.to(tl.float32) * x_next.to(tl.float32), 1)
+
+    if HAS_NEXT:
+        # r = (v.square().mean(-1, keepdim=True) + eps).sqrt()  # Eq 15
+        r = tl.sqrt(square / (n * C) + eps)
+        tl.store(r_ptr + start + row, r, live)
+        proj_ptr += start * M
+        tl.store(proj_ptr + row[:, None] * M + g, gates, live[:, None] & (g < 2 * n))
+        tl.store(proj_ptr + row[:, None] * M + 2 * n + m, res, live[:, None] & (m < n * n))
+        # pre, post, res = logits.split([n, n, n * n], -1)
+        at_n, at_nn, i, ij = map_offsets(row, n)
+        pre, post = tl.split(tl.permute(tl.sum(tl.reshape(gates, (BT, 16 // (2 * n), 2, n)), 1), (0, 2, 1)))
+        res = tl.sum(tl.reshape(res, (BT, MR // (n * n), n, n)), 1)
+        # logits = scale / r * proj + b.to(v.dtype)  # Eq 16: dividing after the matmul is the RMSNorm
+        pre = tl.load(alpha_ptr) / r[:, None] * pre + tl.load(b_ptr + i)[None, :]
+        post = tl.load(alpha_ptr + 1) / r[:, None] * post + tl.load(b_ptr + n + i)[None, :]
+        res = tl.load(alpha_ptr + 2) / r[:, None, None] * res + tl.load(b_ptr + 2 * n + ij)[None, :, :]
+        # return pre.sigmoid(), 2 * post.sigmoid(), H_res  # Eq 17, 18, 19
+        H_pre = tl.sigmoid(pre)
+        tl.store(H_post_next_ptr + start * n + at_n, 2 * tl.sigmoid(post), live[:, None])
+        tl.store(H_res_next_ptr + start * n * n + at_nn, sinkhorn_forward(res, ITERS), live[:, None, None])
+
+        H_pre_i = ()
+        for k in tl.static_range(n):
+            H_pre_i = H_pre_i + (tl.sum(tl.where(i[None, :] == k, H_pre, 0.0), 1),)
+        for c0 in range(0, C, BC):
+            c = c0 + tl.arange(0, BC)
+            tile = live[:, None] & (c < C)[None, :]
+            x = load_streams(x_ptr, row, c, tile, C, n)
+            if HAS_Y:
+                y = tl.load(y_ptr + row[:, None] * C + c[None, :], tile, 0.0).to(tl.float32)
+            # x_in = (H_pre.unsqueeze(-1) * x_next).sum(-2).to(x.dtype), x_next again from x and y
+            x_in = tl.zeros((BT, BC), tl.float32)
+            for k in tl.static_range(n):
+                x_next = x[k]
+                if HAS_Y:
+                    x_next = mix(k, x, y, H_post, H_res, n).to(x_ptr.dtype.element_ty).to(tl.float32)
+                x_in += H_pre_i[k][:, None] * x_next
+            tl.store(x_in_ptr + start * C + row[:, None] * C + c[None, :], x_in, tile)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Backward, in three kernels: the mappings, the streams, phi.
+
+
+@jit
+def maps_backward_kernel(
+    x_next_ptr, d_x_in_ptr, d_H_post_ptr, d_H_res_ptr, proj_ptr, r_ptr, alpha_ptr, b_ptr,
+    H_pre_ptr, d_proj_ptr, d_square_ptr, d_alpha_b_ptr,
+    T, C,
+    n: tl.constexpr, ITERS: tl.constexpr, HISTORY: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Back through the mappings for BT tokens: to proj and r, and to this program's share of alpha and b."""
+    M: tl.constexpr = n * n + 2 * n
+    start = tl.program_id(0).to(tl.int64) * BT
+    row = tl.arange(0, BT)
+    live = start + row < T
+    at_n, at_nn, i, ij = map_offsets(row, n)
+    live_n, live_nn = live[:, None], live[:, None, None]
+
+    # d_H_pre[i] = sum_c d_x_in[c] x_next[i, c]
+    x_next_ptr += start * n * C
+    d_x_in_ptr += start * C
+    d_H_pre = tl.zeros((BT, n), tl.float32)
+    for c0 in range(0, C, BC):
+        c = c0 + tl.arange(0, BC)
+        tile = live[:, None] & (c < C)[None, :]
+        d_x_in = tl.load(d_x_in_ptr + row[:, None] * C + c[None, :], tile, 0.0).to(tl.float32)
+        streams = row[:, None, None] * (n * C) + i[None, :, None] * C + c[None, None, :]
+        x_next = tl.load(x_next_ptr + streams, tile[:, None, :], 0.0).to(tl.float32)  # (BT, n, BC)
+        d_H_pre += tl.sum(x_next * d_x_in[:, None, :], 2)
+
+    # the logits again: scale / r * proj + b
+    r = tl.load(r_ptr + start + row, live, 1.0)
+    proj_ptr += start * M
+    at_pre, at_post, at_res = row[:, None] * M + i[None, :], row[:, None] * M + n + i[None, :], 2 * n + ij[None, :, :]
+    at_res += row[:, None, None] * M
+    pre = tl.load(proj_ptr + at_pre, live_n, 0.0) / r[:, None]
+    post = tl.load(proj_ptr + at_post, live_n, 0.0) / r[:, None]
+    res = tl.load(proj_ptr + at_res, live_nn, 0.0) / r[:, None, None]
+    alpha_pre, alpha_post, alpha_res = tl.load(alpha_ptr), tl.load(alpha_ptr + 1), tl.load(alpha_ptr + 2)
+    H_pre = tl.sigmoid(alpha_pre * pre + tl.load(b_ptr + i)[None, :])
+    half_H_post = tl.sigmoid(alpha_post * post + tl.load(b_ptr + n + i)[None, :])
+    res_logits = alpha_res * res + tl.load(b_ptr + 2 * n + ij)[None, :, :]
+    tl.store(H_pre_ptr + start * n + at_n, H_pre, live_n)
+
+    # back through sigmoid, 2 sigmoid and Sinkhorn (Eq 17-19); dead rows come in as zero and stay zero
+    d_H_post = tl.load(d_H_post_ptr + start * n + at_n, live_n, 0.0)
+    d_H_res = tl.load(d_H_res_ptr + start * n * n + at_nn, live_nn, 0.0)
+    d_pre = d_H_pre * H_pre * (1 - H_pre)
+    d_post = 2 * d_H_post * half_H_post * (1 - half_H_post)
+    d_res = sinkhorn_backward(res_logits, d_H_res, n, ITERS, BT, HISTORY)
+
+    # back through Eq 16: to proj; to b and alpha, summed over this program's tokens; to r
+    d_proj_ptr += start * M
+    tl.store(d_proj_ptr + at_pre, alpha_pre / r[:, None] * d_pre, live_n)
+    tl.store(d_proj_ptr + at_post, alpha_post / r[:, None] * d_post, live_n)
+    tl.store(d_proj_ptr + at_res, alpha_res / r[:, None, None] * d_res, live_nn)
+    d_b_ptr = d_alpha_b_ptr + tl.program_id(0) * 2 * M
+    tl.store(d_b_ptr + i, tl.sum(d_pre, 0))
+    tl.store(d_b_ptr + n + i, tl.sum(d_post, 0))
+    tl.store(d_b_ptr + 2 * n + ij, tl.sum(d_res, 0))
+    tl.store(d_b_ptr + M + i, tl.sum(d_pre * pre, 0))
+    tl.store(d_b_ptr + M + n + i, tl.sum(d_post * post, 0))
+    tl.store(d_b_ptr + M + 2 * n + ij, tl.sum(d_res * res, 0))
+    # Eq 15: r falls with every logit's dynamic part, and d r = x_next . d x_next / (nC r)
+    dynamic = alpha_pre * tl.sum(d_pre * pre, 1) + alpha_post * tl.sum(d_post * post, 1)
+    dynamic += alpha_res * tl.sum(tl.sum(d_res * res, 2), 1)
+    tl.store(d_square_ptr + start + row, -dynamic / (r * r * (n * C)), live)
+
+
+@jit
+def streams_backward_kernel(
+    x_ptr, y_ptr, H_post_ptr, H_res_ptr, phi_ptr, d_x_next_ptr, d_x_in_ptr, H_pre_ptr, d_proj_ptr, d_square_ptr,
+    d_x_ptr, d_y_ptr, d_H_post_ptr, d_H_res_ptr,
+    T, C, TILES,
+    n: tl.constexpr, MP: tl.constexpr, HAS_Y: tl.constexpr, HAS_NEXT: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Back through Eq 3 and the two reads of x_next, for BT tokens and TILES channel tiles."""
+    M: tl.constexpr = n * n + 2 * n
+    start = tl.program_id(0).to(tl.int64) * BT
+    row = tl.arange(0, BT)
+    live = start + row < T
+    x_ptr += start * n * C
+    d_x_ptr += start * n * C
+    H_post, H_res, H_pre, d_H_post, d_H_res = (), (), (), (), ()
+    if HAS_Y:
+        y_ptr += start * C
+        d_y_ptr += start * C
+        d_x_next_ptr += start * n * C
+        H_post = load_entries(H_post_ptr + start * n, row, live, n)
+        H_res = load_entries(H_res_ptr + start * n * n, row, live, n * n)
+        for _ in tl.static_range(n):
+            d_H_post = d_H_post + (tl.zeros((BT,), tl.float32),)
+        for _ in tl.static_range(n * n):
+            d_H_res = d_H_res + (tl.zeros((BT,), tl.float32),)
+    if HAS_NEXT:
+        d_x_in_ptr += start * C
+        H_pre = load_entries(H_pre_ptr + start * n, row, live, n)
+        d_square = tl.load(d_square_ptr + start + row, live, 0.0)
+        m = tl.arange(0, MP)
+        at_m = start * M + row[None, :] * M + m[:, None]
+        d_proj_T = tl.load(d_proj_ptr + at_m, live[None, :] & (m < M)[:, None], 0.0)  # (MP, BT)
+
+    first = tl.program_id(1) * TILES * BC
+    for c0 in range(first, first + TILES * BC, BC):
+        c = c0 + tl.arange(0, BC)
+        tile = live[:, None] & (c < C)[None, :]
+        x = load_streams(x_ptr, row, c, tile, C, n)
+        d_x, d_res = (), ()
+        if HAS_Y:
+            y = tl.load(y_ptr + row[:, None] * C + c[None, :], tile, 0.0).to(tl.float32)
+            d_y = tl.zeros((BT, BC), tl.float32)
+            d_post = ()
+            for _ in tl.static_range(n):
+                d_x = d_x + (tl.zeros((BT, BC), tl.float32),)
+        if HAS_NEXT:
+            d_x_in = tl.load(d_x_in_ptr + row[:, None] * C + c[None, :], tile, 0.0).to(tl.float32)
+        for i in tl.static_range(n):
+            streams = row[:, None] * (n * C) + i * C + c[None, :]
+            d = tl.zeros((BT, BC), tl.float32)  # gradient of x_next[i]: what came in, then its three readers here
+            if HAS_Y:
+                d = tl.load(d_x_next_ptr + streams, tile, 0.0).to(tl.float32)
+            if HAS_NEXT:
+                x_next = x[i]
+                if HAS_Y:
+                    x_next = mix(i, x, y, H_post, H_res, n).to(x_ptr.dtype.element_ty).to(tl.float32)
+                # proj = v @ phi (Eq 14); x_in = sum_i H_pre[i] x_next[i]; r = sqrt(mean(v^2) + eps) (Eq 15)
+                at_phi = (i * C + c)[:, None] * M + m[None, :]
+                phi = tl.load(phi_ptr + at_phi, (c < C)[:, None] & (m < M)[None, :], 0.0)  # (BC, MP)
+                d += tl.trans(tl.dot(phi, d_proj_T, input_precision=PRECISION))
+                d += H_pre[i][:, None] * d_x_in + d_square[:, None] * x_next
+            if HAS_Y:
+                # x_next[i] = sum_j H_res[i, j] x[j] + H_post[i] y
+                d_y += H_post[i][:, None] * d
+                d_post = d_post + (d_H_post[i] + tl.sum(d * y, 1),)
+                d_x_mixed = ()
+                for j in tl.static_range(n):
+                    d_x_mixed = d_x_mixed + (d_x[j] + H_res[i * n + j][:, None] * d,)
+                    d_res = d_res + (d_H_res[i * n + j] + tl.sum(d * x[j], 1),)
+                d_x = d_x_mixed
+            else:
+                d_x = d_x + (d,)
+        for j in tl.static_range(n):
+            tl.store(d_x_ptr + row[:, None] * (n * C) + j * C + c[None, :], d_x[j], tile)
+        if HAS_Y:
+            tl.store(d_y_ptr + row[:, None] * C + c[None, :], d_y, tile)
+            d_H_post, d_H_res = d_post, d_res
+    if HAS_Y:
+        share = tl.program_id(1).to(tl.int64) * T + start
+        for i in tl.static_range(n):
+            tl.store(d_H_post_ptr + share * n + row * n + i, d_H_post[i], live)
+        for k in tl.static_range(n * n):
+            tl.store(d_H_res_ptr + share * n * n + row * (n * n) + k, d_H_res[k], live)
+
+
+@jit
+def phi_backward_kernel(
+    x_next_ptr, d_proj_ptr, d_phi_ptr,
+    T, K, STEPS,
+    M: tl.constexpr, MP: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """d_phi = vec(x_next)^T d_proj for BK of its K = nC rows, over STEPS * BT tokens: one share of the sum."""
+    k = tl.program_id(0) * BK + tl.arange(0, BK)
+    m = tl.arange(0, MP)
+    row = tl.arange(0, BT)
+    d_phi = tl.zeros((BK, MP), tl.float32)
+    for step in range(STEPS):
+        start = (tl.program_id(1) * STEPS + step).to(tl.int64) * BT
+        live = start + row < T
+        x_next = tl.load(x_next_ptr + start * K + row[:, None] * K + k[None, :], live[:, None] & (k < K)[None, :], 0.0)
+        at_m = start * M + row[:, None] * M + m[None, :]
+        d_proj = tl.load(d_proj_ptr + at_m, live[:, None] & (m < M)[None, :], 0.0)
+        d_phi = dot(tl.trans(x_next), d_proj, d_phi, PRECISION)
+    share = d_phi_ptr + tl.program_id(1).to(tl.int64) * K * M
+    tl.store(share + k[:, None] * M + m[None, :], d_phi, (k < K)[:, None] & (m < M)[None, :])
+
+
+@jit
+def sinkhorn_kernel(logits_ptr, H_res_ptr, T, n: tl.constexpr, ITERS: tl.constexpr, BT: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BT
+    row = tl.arange(0, BT)
+    live = (start + row < T)[:, None, None]
+    _, at_nn, _, _ = map_offsets(row, n)
+    log_M = tl.load(logits_ptr + start * n * n + at_nn, live, 0.0).to(tl.float32)
+    tl.store(H_res_ptr + start * n * n + at_nn, sinkhorn_forward(log_M, ITERS), live)
+
+
+@jit
+def sinkhorn_backward_kernel(
+    logits_ptr, d_H_res_ptr, d_logits_ptr, T,
+    n: tl.constexpr, ITERS: tl.constexpr, HISTORY: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0).to(tl.int64) * BT
+    row = tl.arange(0, BT)
+    live = (start + row < T)[:, None, None]
+    _, at_nn, _, _ = map_offsets(row, n)
+    L = tl.load(logits_ptr + start * n * n + at_nn, live, 0.0).to(tl.float32)
+    d_H_res = tl.load(d_H_res_ptr + start * n * n + at_nn, live, 0.0)
+    tl.store(d_logits_ptr + start * n * n + at_nn, sinkhorn_backward(L, d_H_res, n, ITERS, BT, HISTORY), live)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Launches.
+
+BLOCKS = {  # kernel: tokens, channels, warps of one program, for n = 4
+    "step": (64, 64, 8),
+    "maps_backward": (16, 64, 4),
+    "streams_backward": (32, 64, 8),
+    "phi_backward": (64, 256, 8),
+    "sinkhorn": (64, 1, 4),
+    "sinkhorn_backward": (16, 1, 4),
+}
+SPLITS = 4  # shares of the sums over channels (d_H_post, d_H_res) and, at most, over tokens (d_phi)
+
+
+def blocks(kernel, n, C):
+    BT, BC, warps = BLOCKS[kernel]
+    return BT, max(16, min(BC, triton.next_power_of_2(C))), warps
+
+
+def precision(x):
+    """How the products with fp32 phi and d_proj are multiplied: exactly enough for x's dtype, on tensor cores."""
+    return "3xbf16" if x.dtype == torch.bfloat16 else "tf32x3"
+
+
+def _tokens(x):
+    return x.numel() // (x.shape[-2] * x.shape[-1])
+
+
+@torch.library.custom_op("mhc::step", mutates_args=())
+def step_op(
+    x: Tensor, y: Tensor | None, H_post: Tensor | None, H_res: Tensor | None,
+    phi: Tensor | None, alpha: Tensor | None, b: Tensor | None, sinkhorn_iters: int, eps: float,
+) -> list[Tensor]:  # fmt: skip
+    """mhc_step's kernel: x_next, x_in, H_post', H_res', proj, r; empty where the form has none."""
+    outs = step_shapes(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps)
+    (n, C), T = x.shape[-2:], _tokens(x)
+    if T:
+        BT, BC, warps = blocks("step", n, C)
+        ins = [None if t is None else t.contiguous() for t in (x, y, H_post, H_res, phi, alpha, b)]
+        mhc_step_kernel[(triton.cdiv(T, BT),)](
+            *ins, *outs, T, C, eps, n=n, ITERS=sinkhorn_iters, HAS_Y=y is not None, HAS_NEXT=phi is not None,
+            PRECISION=precision(x), BT=BT, BC=BC, num_warps=warps,
+        )  # fmt: skip
+    return outs
+
+
+@step_op.register_fake
+def step_shapes(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps):
+    lead, (n, C) = x.shape[:-2], x.shape[-2:]
+    f32 = {"dtype": torch.float32}
+    x_next = x.new_empty(x.shape if y is not None else (0,))
+    if phi is None:
+        return [x_next] + [x.new_empty(0) for _ in range(5)]
+    return [
+        x_next, x.new_empty(*lead, C), x.new_empty(*lead, n, **f32), x.new_empty(*lead, n, n, **f32),
+        x.new_empty(*lead, n * n + 2 * n, **f32), x.new_empty(*lead, **f32),
+    ]  # fmt: skip
+
+
+@torch.library.custom_op("mhc::step_backward", mutates_args=())
+def step_backward_op(
+    d_x_next: Tensor, d_x_in: Tensor, d_H_post_next: Tensor, d_H_res_next: Tensor,
+    x: Tensor, y: Tensor | None, H_post: Tensor | None, H_res: Tensor | None, x_next: Tensor,
+    phi: Tensor | None, alpha: Tensor | None, b: Tensor | None, proj: Tensor, r: Tensor, sinkhorn_iters: int,
+) -> list[Tensor]:  # fmt: skip
+    """d_x, d_y, d_H_post, d_H_res, d_phi, d_alpha, d_b; empty where the form has none."""
+    args = (d_x_next, d_x_in, d_H_post_next, d_H_res_next, x, y, H_post, H_res, x_next, phi, alpha, b, proj, r)
+    d_x, d_y, d_H_post, d_H_res, d_phi, d_alpha, d_b = outs = step_backward_shapes(*args, sinkhorn_iters)
+    (n, C), T = x.shape[-2:], _tokens(x)
+    if not T:
+        return [t.zero_() for t in outs]
+    f32, M = {"dtype": torch.float32, "device": x.device}, n * n + 2 * n
+    MP = max(16, triton.next_power_of_2(M))
+    d_x_next, d_x_in, d_H_post_next, d_H_res_next, x, y, H_post, H_res, x_next, phi, alpha, b, proj, r = [
+        None if t is None else t.contiguous() for t in args
+    ]
+    H_pre = d_proj = d_square = None
+    if phi is not None:
+        BT, BC, warps = blocks("maps_backward", n, C)
+        programs = triton.cdiv(T, BT)
+        H_pre, d_proj, d_square = (torch.empty(s, **f32) for s in ((T, n), (T, M), (T,)))
+        d_alpha_b = torch.empty(programs, 2, M, **f32)
+        maps_backward_kernel[(programs,)](
+            x_next, d_x_in, d_H_post_next, d_H_res_next, proj, r, alpha, b, H_pre, d_proj, d_square, d_alpha_b, T, C,
+            n=n, ITERS=sinkhorn_iters, HISTORY=triton.next_power_of_2(max(1, sinkhorn_iters)), BT=BT, BC=BC,
+            num_warps=warps,
+        )  # fmt: skip
+        d_b, d_scale = d_alpha_b.sum(0).unbind(0)
+        d_b, d_alpha = d_b.clone(), torch.stack([part.sum() for part in d_scale.split([n, n, n * n])])
+        BT, BK, warps = blocks("phi_backward", n, n * C)
+        splits = min(SPLITS, triton.cdiv(T, BT))
+        steps = triton.cdiv(triton.cdiv(T, BT), splits)
+        shares = torch.empty(splits, n * C, M, **f32)
+        phi_backward_kernel[(triton.cdiv(n * C, BK), splits)](
+            x_next, d_proj, shares, T, n * C, steps, M=M, MP=MP, PRECISION=precision(x), BT=BT, BK=BK, num_warps=warps
+        )
+        d_phi = shares.sum(0)
+    BT, BC, warps = blocks("streams_backward", n, C)
+    splits = min(SPLITS, triton.cdiv(C, BC))
+    post_shares, res_shares = (torch.empty(splits, *t.shape, **f32) for t in (d_H_post, d_H_res))
+    streams_backward_kernel[(triton.cdiv(T, BT), splits)](
+        x, y, H_post, H_res, phi, d_x_next, d_x_in, H_pre, d_proj, d_square, d_x, d_y, post_shares, res_shares,
+        T, C, triton.cdiv(triton.cdiv(C, BC), splits), n=n, MP=MP, HAS_Y=y is not None, HAS_NEXT=phi is not None,
+        PRECISION="tf32" if x.dtype == torch.bfloat16 else "tf32x3", BT=BT, BC=BC, num_warps=warps,
+    )  # fmt: skip
+    return [d_x, d_y, post_shares.sum(0), res_shares.sum(0), d_phi, d_alpha, d_b]
+
+
+@step_backward_op.register_fake
+def step_backward_shapes(
+    d_x_next, d_x_in, d_H_post_next, d_H_res_next, x, y, H_post, H_res, x_next, phi, alpha, b, proj, r, sinkhorn_iters
+):
+    inputs = (x, y, H_post, H_res, phi, alpha, b)
+    return [x.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
+
+
+def _save_for_backward(ctx, inputs, output):
+    *tensors, ctx.sinkhorn_iters, _ = inputs
+    x_next, _, _, _, proj, r = output
+    x, y, *_ = tensors
+    ctx.outs = [(t.shape, t.dtype) for t in output[:4]]
+    ctx.save_for_backward(*tensors, x if y is None else x_next, proj, r)
+
+
+def _step_backward(ctx, grads):
+    x, y, H_post, H_res, phi, alpha, b, x_next, proj, r = ctx.saved_tensors
+    outs = zip(grads[:4], ctx.outs, strict=True)
+    grads = [torch.zeros(shape, dtype=dtype, device=x.device) if g is None else g for g, (shape, dtype) in outs]
+    inputs = (x, y, H_post, H_res, phi, alpha, b)
+    outs = step_backward_op(*grads, *inputs[:4], x_next, phi, alpha, b, proj, r, ctx.sinkhorn_iters)
+    return *(None if t is None else g for t, g in zip(inputs, outs, strict=True)), None, None
+
+
+step_op.register_autograd(_step_backward, setup_context=_save_for_backward)
+
+
+@torch.library.custom_op("mhc::sinkhorn", mutates_args=())
+def sinkhorn_op(logits: Tensor, sinkhorn_iters: int) -> Tensor:
+    H_res = torch.empty_like(logits, dtype=torch.float32, memory_format=torch.contiguous_format)
+    n, T = logits.shape[-1], logits.numel() // logits.shape[-1] ** 2
+    if T:
+        BT, _, warps = blocks("sinkhorn", n, 1)
+        sinkhorn_kernel[(triton.cdiv(T, BT),)](
+            logits.contiguous(), H_res, T, n=n, ITERS=sinkhorn_iters, BT=BT, num_warps=warps
+        )
+    return H_res
+
+
+@sinkhorn_op.register_fake
+def _sinkhorn_shape(logits, sinkhorn_iters):
+    return torch.empty_like(logits, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("mhc::sinkhorn_backward", mutates_args=())
+def sinkhorn_backward_op(logits: Tensor, d_H_res: Tensor, sinkhorn_iters: int) -> Tensor:
+    d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    n, T = logits.shape[-1], logits.numel() // logits.shape[-1] ** 2
+    if T:
+        BT, _, warps = blocks("sinkhorn_backward", n, 1)
+        sinkhorn_backward_kernel[(triton.cdiv(T, BT),)](
+            logits.contiguous(), d_H_res.contiguous(), d_logits, T, n=n, ITERS=sinkhorn_iters,
+            HISTORY=triton.next_power_of_2(max(1, sinkhorn_iters)), BT=BT, num_warps=warps,
+        )  # fmt: skip
+    return d_logits
+
+
+@sinkhorn_backward_op.register_fake
+def _sinkhorn_backward_shape(logits, d_H_res, sinkhorn_iters):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _save_logits(ctx, inputs, output):
+    logits, ctx.sinkhorn_iters = inputs
+    ctx.save_for_backward(logits)
+
+
+def _sinkhorn_backward(ctx, d_H_res):
+    return sinkhorn_backward_op(*ctx.saved_tensors, d_H_res, ctx.sinkhorn_iters), None
+
+
+sinkhorn_op.register_autograd(_sinkhorn_backward, setup_context=_save_logits)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The public functions. Signatures, shapes and mathematics are those of the twins in mhc_ref.py.
+
+IMPLS = ("ref", "eager", "compiled", "triton")
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on a CPU
+mhc_coeffs, mhc_pre = mhc_coeffs_ref, mhc_pre_ref  # for a look at the mappings; a model's forward needs neither
+
+
+@torch.compiler.assume_constant_result
+def why_no_triton(device):
+    """What keeps the kernels from running on this device, as the end of a sentence; None if nothing does."""
+    if triton is None:
+        return "Triton is not installed (there is no wheel for this platform, or: pip install triton)"
+    if INTERPRETED:
+        return None
+    if device.type != "cuda":
+        return f"the kernels need a CUDA or ROCm GPU and these tensors are on '{device}' (or set TRITON_INTERPRET=1)"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"they need compute capability 8.0 and {torch.cuda.get_device_name(device)} is older"
+    return None
+
+
+def resolve_impl(impl="auto", device="cpu"):
+    """The implementation that `impl` stands for on this device: 'ref', 'eager', 'compiled' or 'triton'.
+
+    'auto' is 'triton' where the kernels run and the plain path elsewhere (under Triton's interpreter too: it is for
+    tests). Raises ValueError, with the reason, for one that cannot run here.
+    """
+    if impl == "auto":
+        return "eager" if INTERPRETED or why_no_triton(torch.device(device)) else "triton"
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r}: wanted 'auto' or one of {', '.join(map(repr, IMPLS))}")
+    if impl == "triton" and (why_not := why_no_triton(torch.device(device))):
+        raise ValueError(f"impl='triton' cannot run: {why_not}. impl='auto' picks one that can")
+    return impl
+
+
+def check_for_triton(x, **fp32):
+    """Raise ValueError for what the kernels do not take; the other implementations take everything."""
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or x.shape[-2] not in (1, 2, 4, 8):
+        raise ValueError(
+            f"impl='triton' takes x in bf16, fp16 or fp32 with 1, 2, 4 or 8 streams, got {x.dtype} with "
+            f"{x.shape[-2]} streams: use impl='ref', 'eager' or 'compiled'"
+        )
+    for name, t in fp32.items():
+        if t is not None and t.dtype != torch.float32:
+            raise ValueError(f"impl='triton' wants {name} in fp32 (Eq 10-13), got {t.dtype}: leave it uncast")
 
 
 def mhc_step(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters=20, eps=1e-20, impl="auto"):
-    """The boundary between two sublayers; see mhc_ref.mhc_step_ref. impl: 'auto' and 'ref' are the twin."""
-    if impl not in ("auto", "ref"):
-        raise ValueError(f"impl={impl!r}: wanted 'auto' or 'ref'")
-    return mhc_step_ref(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps)
+    """The boundary between two sublayers: close the one before (Eq 3), map and read for the one after (Eq 7-9).
+
+    x (..., n, C); y (..., C), H_post (..., n), H_res (..., n, n) of the sublayer before, all three None at the first;
+    phi (nC, n^2+2n), alpha (3,), b (n^2+2n,) of the sublayer after. -> x_next (..., n, C), x_in (..., C), and H_post
+    and H_res of the sublayer after. x_next is x itself in the first form. impl: see resolve_impl.
+    """
+    impl = resolve_impl(impl, x.device)
+    args = (x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps)
+    if impl == "ref":
+        return mhc_step_ref(*args)
+    if impl != "triton":
+        import mhc_cpu
+
+        return (mhc_cpu.mhc_step if impl == "eager" else mhc_cpu.mhc_step_compiled)(*args)
+    check_for_triton(x, H_post=H_post, H_res=H_res, phi=phi, alpha=alpha, b=b)
+    x_next, x_in, H_post, H_res, _, _ = step_op(*args)
+    return x if y is None else x_next, x_in, H_post, H_res
+
+
+def mhc_post_res(x, y, H_post, H_res, impl="auto"):
+    """The last boundary, with no sublayer after: x_next[i] = sum_j H_res[i, j] x[j] + H_post[i] y (Eq 3).
+
+    Shapes as in mhc_step; the same kernels without the second half. impl: see resolve_impl.
+    """
+    impl = resolve_impl(impl, x.device)
+    if impl == "ref":
+        return mhc_post_res_ref(x, y, H_post, H_res)
+    if impl != "triton":
+        import mhc_cpu
+
+        return (mhc_cpu.mhc_post_res if impl == "eager" else mhc_cpu.mhc_post_res_compiled)(x, y, H_post, H_res)
+    check_for_triton(x, H_post=H_post, H_res=H_res)
+    return step_op(x, y, H_post, H_res, None, None, None, 0, 0.0)[0]
+
+
+def sinkhorn(logits, sinkhorn_iters=20, impl="auto"):
+    """Eq 9: logits (..., n, n) -> H_res (..., n, n), fp32, rows exact. impl: 'auto', 'ref' or 'triton'."""
+    if impl not in ("auto", "ref", "triton"):
+        raise ValueError(f"impl={impl!r}: sinkhorn has 'auto', 'ref' and 'triton'")
+    if resolve_impl(impl, logits.device) == "ref":
+        return sinkhorn_ref(logits, sinkhorn_iters)
+    check_for_triton(logits)
+    return sinkhorn_op(logits, sinkhorn_iters)

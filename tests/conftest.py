@@ -1,0 +1,20 @@
+"""Kernels run in Triton's interpreter on a CPU, unless `pytest -m gpu` asks for the compiled ones on a GPU."""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a GPU; deselected unless asked for with `pytest -m gpu`")
+    if config.getoption("markexpr") != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("markexpr") == "":
+        gpu = [item for item in items if "gpu" in item.keywords]
+        config.hook.pytest_deselected(items=gpu)
+        items[:] = [item for item in items if "gpu" not in item.keywords]
