@@ -200,7 +200,8 @@ class Step(Function):
                     g.addcmul_(column(H_pre[s]), g_in[s].to(dtype).unsqueeze(1))  # and through x_in
                 if y is None:
                     grads[0][s] = g
-                else:
+                else:  # rounded here: a boundary gives the same bits as its two halves (recompute.py)
+                    g = g.to(x.dtype).to(dtype)
                     post_res_tile_backward(g, *cut(s, dtype, x, y, H_post, H_res), *(v[s] for v in grads))
         grads += [None] * (4 - len(grads))
         return *grads, g_phi.t().to(phi.dtype), g_alpha.to(alpha.dtype), g_b.to(b.dtype), None, None
@@ -236,3 +237,4 @@ def mhc_step(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters=20, eps=1e-20):
 def mhc_post_res(x, y, H_post, H_res):
     """impl='eager' of Eq 3 alone, after the last sublayer: arguments and results as mhc_ref.mhc_post_res_ref."""
     return PostRes.apply(*flat(x, y, H_post, H_res)).view(x.shape)
+mhc_step_compiled, mhc_post_res_compiled = mhc_step, mhc_post_res

@@ -21,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from mhc_ref import map_dtype
 from sinkhorn_kernel import mhc_coeffs, mhc_post_res, mhc_step
 
+LOGITS_AT_ONCE = 2**26  # 256 MB in fp32
+
 
 @dataclass
 class GPTConfig:
@@ -174,6 +176,13 @@ class MHC(HyperConnection):
         """x (..., n, C) -> H_pre (..., n), H_post (..., n), H_res (..., n, n)."""
         with torch.autocast(x.device.type, enabled=False):
             return mhc_coeffs(x, *self.projection(), self.sinkhorn_iters, self.eps)
+
+    def close(self, x, y, H_post, H_res):
+        """The update of Eq 3 alone, by the same implementation as the whole boundary."""
+        if y is None:
+            return x
+        with torch.autocast(x.device.type, enabled=False):
+            return mhc_post_res(x, y, H_post, H_res, self.impl)
 
     def forward(self, x, y, H_post, H_res):
         with torch.autocast(x.device.type, enabled=False):
@@ -468,6 +477,21 @@ class Block(nn.Module):
         self.mlp = MLP(config.n_embd, config.intermediate_size) if dense else MoE(config)
 
 
+def run_sublayers(x, sublayers, look=None):
+    """The loop of the model: streams x (B, T, n, C) through some sublayers, (residual, norm, F) each, to their end.
+
+    look(residual, x) is called with the x of every sublayer. Closed by the update alone, so the streams that come out
+    can open another such loop: that is how recompute.py cuts the depth into segments.
+    """
+    y = H_post = H_res = None
+    for residual, norm, f in sublayers:
+        x, x_in, H_post, H_res = residual(x, y, H_post, H_res)
+        y = f(norm(x_in))
+        if look is not None:
+            look(residual, x)
+    return residual.close(x, y, H_post, H_res)
+
+
 # -----------------------------------------------------------------------------------------------------------------
 
 
@@ -477,6 +501,7 @@ class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.run_sublayers = run_sublayers  # recompute.py puts another in its place
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.n_layer))
         self.collapse_head = CollapseHead(config) if config.collapse == "head" else None
@@ -505,16 +530,10 @@ class GPT(nn.Module):
 
     def hidden(self, idx, cache=None, look=None):
         """idx (B, T) -> the final norm's output (B, T, C). look(residual, x) is called with the x of every sublayer."""
-        x, y, H_post, H_res = self.embed(idx), None, None, None
         positions = torch.arange(idx.shape[1], device=idx.device).unsqueeze(0)  # (1, T)
         if cache is not None:
             positions = positions + cache.length.unsqueeze(1)  # (B, T)
-        for residual, norm, f in self.sublayers(positions, cache):
-            x, x_in, H_post, H_res = residual(x, y, H_post, H_res)
-            y = f(norm(x_in))
-            if look is not None:
-                look(residual, x)
-        x = residual.close(x, y, H_post, H_res)
+        x = self.run_sublayers(self.embed(idx), self.sublayers(positions, cache), look)
         if cache is not None:
             cache.advance(idx.shape[1])
         return self.norm(self.collapse_head(x) if self.collapse_head else collapse_streams(x))
@@ -531,8 +550,8 @@ class GPT(nn.Module):
 
     def loss(self, h, targets):
         """Mean cross entropy in nats of h (N, C) against targets (N,), in chunks whose logits are recomputed in the
-        backward, so that no more than 2^26 logits (256 MB in fp32) exist at once."""
-        chunk = max(1, 2**26 // self.config.vocab_size)
+        backward, so that no more than LOGITS_AT_ONCE of them exist at once."""
+        chunk = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
         total = sum(
             checkpoint(self.chunk_loss, h_c, t_c, use_reentrant=False)
             for h_c, t_c in zip(h.split(chunk), targets.split(chunk), strict=True)
@@ -630,7 +649,7 @@ class GPT(nn.Module):
             if self.config.residual == "hc":
                 return torch.cat((one_hot, torch.ones(n), eye))
             return torch.cat((8 * one_hot - 4, 4 * one_hot - 2, 2 * eye - 2))
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) + (seed << 32))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # it reads 32 bits
         return torch.empty(shape).normal_(0, 0.02 if kind == "phi" else self.config.init_std, generator=generator)
 
     # --- counting ---
