@@ -40,7 +40,7 @@ def gains(H_res):
     Names: {single, composite} _ {fwd, bwd} _ {max, min}. The forward composite at l is the product of sublayers 1..l,
     the backward one at l the product of l..L.
     """
-    H_res = [H.double().flatten(0, -3) for H in H_res]  # (tokens, n, n); HC's products leave fp32 behind
+    H_res = [H.double().reshape(-1, *H.shape[-2:]) for H in H_res]  # (tokens, n, n); HC's products leave fp32 behind
     L = len(H_res)
     forward, backward = [H_res[0]], [H_res[-1]]
     for i in range(1, L):
@@ -58,7 +58,7 @@ def gains(H_res):
 
 def heat_maps(H_res):
     """H_res: a list over sublayers of (..., n, n) -> {title: (n, n)}, averaged over tokens, as in Fig 8."""
-    H_res = [H.double().flatten(0, -3) for H in H_res]
+    H_res = [H.double().reshape(-1, *H.shape[-2:]) for H in H_res]  # (tokens, n, n)
     L = len(H_res)
     maps = {f"sublayer {i + 1}": H_res[i] for i in sorted({0, (L - 1) // 2, L - 1})}
     for first, last in ((0, L // 2), (L // 2, L), (0, L)):

@@ -1,0 +1,244 @@
+"""The transformer itself: attention, experts, loss, initialisation, counts."""
+
+import runpy
+from dataclasses import fields
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as module
+from model import GPT, MLA, GPTConfig, MoE, apply_rope, grouped_linear, rope_angles
+from tests.test_residual import TINY, make, tokens
+
+
+def plain_attention(mla, x):
+    """Attention head by head with the decompressed keys and values, RoPE as multiplication of complex numbers."""
+    T = x.shape[1]
+    angles = torch.arange(T)[:, None] * 10000.0 ** -(torch.arange(0, mla.R, 2) / mla.R)
+    turn = torch.polar(torch.ones_like(angles), angles)  # (T, R/2)
+
+    def rope(v):  # (T, R)
+        return torch.view_as_real(torch.view_as_complex(v.reshape(T, -1, 2)) * turn).flatten(1)
+
+    def norm(v, weight):
+        return v / v.square().mean(-1, keepdim=True).sqrt() * weight
+
+    out = []
+    for row in x:  # (T, C)
+        if mla.q_lora_rank:
+            q = mla.q_b_proj(norm(mla.q_a_proj(row), mla.q_a_layernorm.weight))
+        else:
+            q = mla.q_proj(row)
+        compressed = mla.kv_a_proj_with_mqa(row)
+        latent, k_rope = norm(compressed[:, : mla.Z], mla.kv_a_layernorm.weight), rope(compressed[:, mla.Z :])
+        kv, heads = mla.kv_b_proj(latent), []
+        for h in range(mla.H):
+            q_h = q[:, h * (mla.D + mla.R) : (h + 1) * (mla.D + mla.R)]
+            kv_h = kv[:, h * (mla.D + mla.V) : (h + 1) * (mla.D + mla.V)]
+            q_h = torch.cat((q_h[:, : mla.D], rope(q_h[:, mla.D :])), 1)
+            k_h = torch.cat((kv_h[:, : mla.D], k_rope), 1)
+            scores = q_h @ k_h.T / (mla.D + mla.R) ** 0.5
+            scores = scores.masked_fill(torch.ones(T, T).tril() == 0, -torch.inf)
+            heads.append(scores.softmax(-1) @ kv_h[:, mla.D :])
+        out.append(mla.o_proj(torch.cat(heads, 1)))
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("q_lora_rank", [0, 12])
+def test_mla_equals_plain_attention(q_lora_rank):
+    config = GPTConfig(**TINY | dict(q_lora_rank=q_lora_rank, qk_nope_head_dim=6, qk_rope_head_dim=4, v_head_dim=10))
+    torch.manual_seed(0)
+    mla = MLA(config)
+    for p in mla.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x = torch.randn(2, 9, TINY["n_embd"])
+    rope = rope_angles(torch.arange(9).unsqueeze(0), 4, 10000.0)
+    torch.testing.assert_close(mla(x, rope), plain_attention(mla, x), atol=1e-5, rtol=1e-4)
+
+
+def test_rope_depends_on_distance_alone():
+    q, k = torch.randn(1, 1, 8).double(), torch.randn(1, 1, 8).double()
+
+    def score(i, j):
+        rope_i, rope_j = (rope_angles(torch.tensor([[float(p)]]).double(), 8, 10000.0) for p in (i, j))
+        return (apply_rope(q, rope_i) * apply_rope(k, rope_j)).sum()
+
+    torch.testing.assert_close(score(3, 1), score(103, 101))
+    assert (score(3, 1) - score(1, 3)).abs() > 1e-3
+
+
+def make_moe(**changes):
+    config = GPTConfig(**TINY | changes)
+    moe = MoE(config)
+    torch.manual_seed(0)
+    for p in moe.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return moe
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_moe_equals_a_loop_over_experts_and_drops_nothing(dtype):
+    moe = make_moe(route_scale=1.7).to(dtype)
+    moe.gate.e_score_correction_bias.copy_(torch.tensor([0.5, -0.5, 0.2, 0.0]))
+    x = torch.randn(3, 7, TINY["n_embd"], dtype=dtype)
+    want = torch.zeros_like(x)
+    for t in [(b, s) for b in range(3) for s in range(7)]:
+        scores = (moe.gate.weight @ x[t]).sigmoid()
+        picked = (scores + moe.gate.e_score_correction_bias).topk(2).indices  # the bias selects ...
+        weights = scores[picked] / scores[picked].sum() * 1.7  # ... and has no part in the weights
+        for e, w in zip(picked, weights, strict=True):
+            up = F.silu(moe.experts.gate_proj[e] @ x[t]) * (moe.experts.up_proj[e] @ x[t])
+            want[t] += w * (moe.experts.down_proj[e] @ up)
+        want[t] += moe.shared_experts(x[t])
+    torch.testing.assert_close(moe(x), want)
+    assert moe.gate.load.sum() == 3 * 7 * 2
+
+
+def test_moe_with_experts_that_get_no_token():
+    moe = make_moe()
+    moe.gate.e_score_correction_bias.copy_(torch.tensor([10.0, 10.0, 0.0, 0.0]))
+    moe(torch.randn(2, 5, TINY["n_embd"])).sum().backward()
+    assert moe.gate.load.tolist() == [10, 10, 0, 0]
+    assert moe.experts.up_proj.grad[2:].abs().max() == 0 < moe.experts.up_proj.grad[:2].abs().min()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("width", [16, 10])
+def test_grouped_linear_with_empty_groups(dtype, width):
+    x, w, counts = torch.randn(9, width, dtype=dtype), torch.randn(4, 8, width, dtype=dtype), torch.tensor([0, 5, 0, 4])
+    want = torch.cat((x[:5] @ w[1].T, x[5:] @ w[3].T))
+    torch.testing.assert_close(grouped_linear(x, w, counts), want, atol=2e-2, rtol=2e-2)
+
+
+def test_the_bias_evens_out_a_skewed_router():
+    moe = make_moe()
+    x = torch.randn(64, TINY["n_embd"])
+    with torch.no_grad():
+        moe.gate.weight.normal_(0, 0.02)
+        moe.gate.weight[0] += 0.3 * x.mean(0) + 0.1
+    gpt = make()
+    gpt.layers[1].mlp = moe
+    shares = []
+    for _ in range(400):
+        moe(x)
+        load = gpt.expert_load()
+        shares.append((load.max() / load.float().mean()).item())
+        gpt.update_expert_bias(0.01, load)
+    assert shares[0] > 1.25 and shares[-1] < 1.15
+    assert moe.gate.load.sum() == 0
+
+
+def test_load_is_counted_in_training_only():
+    gpt = make()
+    gpt.eval()
+    gpt(tokens())
+    gpt.train()
+    gpt.residual_maps(tokens())
+    assert gpt.training and gpt.expert_load().sum() == 0
+    gpt(tokens())
+    assert gpt.expert_load().sum() == 2 * TINY["seq_len"] * TINY["num_experts_per_tok"]
+
+
+def test_loss_in_chunks_equals_the_loss_of_all_logits(monkeypatch):
+    gpt, idx, targets = make(), tokens(), tokens(1)
+    targets[0, :5] = -1  # ignored
+    logits, none = gpt(idx)
+    assert none is None and logits.shape == (2, TINY["seq_len"], TINY["vocab_size"])
+    want = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+    want_grad = torch.autograd.grad(want, gpt.lm_head.weight)[0]
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 5 * TINY["vocab_size"])  # chunks of 5 tokens, the last one of 2
+    none, loss = gpt(idx, targets)
+    assert none is None
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(torch.autograd.grad(loss, gpt.lm_head.weight)[0], want_grad)
+
+
+def test_full_logits_never_exist_at_once(monkeypatch):
+    gpt, sizes = make(), []
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 5 * TINY["vocab_size"])
+    gpt.lm_head.register_forward_hook(lambda m, i, o: sizes.append(o.numel()))
+    gpt(tokens(), tokens(1))[1].backward()
+    assert max(sizes) <= 5 * TINY["vocab_size"] and len(sizes) == 14  # 7 chunks, each once more backward
+
+
+@pytest.mark.parametrize("residual", ["baseline", "hc", "mhc"])
+def test_a_tiny_model_overfits_one_batch(residual):
+    gpt = make(residual=residual, n_layer=2)
+    idx = tokens(batch=1)
+    optimizer = torch.optim.AdamW(gpt.parameters(), lr=1e-2, weight_decay=0)
+    for _ in range(60):
+        optimizer.zero_grad()
+        _, loss = gpt(idx[:, :-1], idx[:, 1:])
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
+
+
+def test_the_backbone_starts_alike_in_all_variants():
+    models = [make(residual=r, n_streams=n) for r, n in (("baseline", 1), ("hc", 4), ("mhc", 4), ("mhc", 2))]
+    for name, p in models[0].named_parameters():
+        assert all(torch.equal(p, dict(m.named_parameters())[name]) for m in models[1:]), name
+    other = GPT(GPTConfig(**TINY))
+    other.init_weights(seed=2)
+    assert not torch.equal(other.lm_head.weight, models[2].lm_head.weight)
+    assert not torch.equal(models[0].lm_head.weight, models[0].embed_tokens.weight)  # untied, and not drawn alike
+
+
+def test_every_parameter_is_initialised():
+    for residual in ("hc", "mhc"):
+        gpt = GPT(GPTConfig(**TINY | dict(residual=residual, collapse="head", q_lora_rank=8)))
+        for p in gpt.parameters():
+            torch.nn.init.constant_(p, torch.nan)
+        gpt.init_weights(seed=3)
+        assert all(p.isfinite().all() for p in gpt.parameters())
+
+
+@pytest.mark.parametrize(
+    "name,total,active,vocab",  # the paper's Table 5 to all the digits it gives
+    [("mhc_27b", "27.0B", "4.14B", "662M"), ("mhc_9b", "9.18B", "1.66B", "496M"), ("mhc_3b", "2.97B", "612M", "331M"),
+     ("mhc_3b_1t", "2.97B", "612M", "331M")],
+)
+def test_parameter_counts_of_the_paper(name, total, active, vocab):
+    settings = runpy.run_path(f"config/{name}.py")
+    config = GPTConfig(**{f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings})
+    with torch.device("meta"):
+        counts = GPT(config).num_params()
+    for kind, want in (("total", total), ("active", active), ("vocab", vocab)):
+        unit = {"B": 1e9, "M": 1e6}[want[-1]]
+        decimals = len(want[:-1].partition(".")[2])
+        assert f"{counts[kind] / unit:.{decimals}f}" == want[:-1], (kind, counts[kind])
+
+
+def test_counting_active_parameters_by_hand():
+    gpt = make(residual="baseline")
+    C, E, k, hidden = (TINY[x] for x in ("n_embd", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"))
+    idle = (E - k) * 3 * C * hidden  # of the one MoE block
+    counts = gpt.num_params()
+    assert counts["total"] == sum(p.numel() for p in gpt.parameters())
+    assert counts["total"] - counts["active"] == idle + TINY["vocab_size"] * C
+    assert counts["vocab"] == 2 * TINY["vocab_size"] * C
+    attention = 6 * 2 * TINY["seq_len"] * TINY["n_head"] * (8 + 4 + 8)
+    assert gpt.flops_per_token() == 6 * counts["active"] + attention
+
+
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (dict(n_layer=-3), "n_layer=-3"), (dict(n_streams=0), "n_streams=0"), (dict(residual="mch"), "residual='mch'"),
+        (dict(collapse="mean"), "collapse='mean'"), (dict(qk_rope_head_dim=5), "qk_rope_head_dim=5"),
+        (dict(num_experts_per_tok=5), "num_experts_per_tok=5"), (dict(init_std=float("nan")), "init_std=nan"),
+    ],
+)  # fmt: skip
+def test_impossible_models_are_refused(change, words):
+    with pytest.raises(ValueError, match="wanted|pick") as e:
+        GPTConfig(**TINY | change)
+    assert words in str(e.value)
+    GPTConfig(**TINY)
+
+
+def test_a_model_without_experts():
+    gpt = make(n_routed_experts=0, first_k_dense_replace=2)
+    gpt(tokens(), tokens(1))[1].backward()
+    assert gpt.expert_load().shape == (0, 0)
+    gpt.update_expert_bias(0.1, gpt.expert_load())

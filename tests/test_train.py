@@ -1,0 +1,151 @@
+"""train.py from the command line: a whole run in little, its records, its figures, and what it refuses."""
+
+import json
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from prepare_data import load_tokenizer
+
+TINY = (
+    "--seq_len=32 --n_layer=2 --n_embd=32 --n_head=2 --kv_lora_rank=16 --qk_nope_head_dim=8 --qk_rope_head_dim=8 "
+    "--v_head_dim=8 --intermediate_size=64 --n_routed_experts=4 --num_experts_per_tok=2 --moe_intermediate_size=16 "
+    "--batch_size=4 --micro_batch_size=2 --lr=3e-3 --warmup_steps=2 --eval_sequences=4 --device=cpu --n_streams=4"
+).split()
+
+
+def call(*command, ok=True):
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode == 0) == ok, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A corpus and three runs of six steps."""
+    root = tmp_path_factory.mktemp("train")
+    (root / "text.txt").write_text("\n".join(f"{i} times {j} is {i * j}." for i in range(60) for j in range(40)))
+    (root / "more.txt").write_text("\n".join(f"{i} plus {j} is {i + j}." for i in range(60) for j in range(40)))
+    call("prepare_data.py", f"--dataset={root}", "--tokenizer=bytes", f"--data_dir={root}/data", "--val_fraction=0.5")
+    for residual in ("baseline", "hc", "mhc"):
+        call("train.py", *TINY, f"--data_dir={root}/data", f"--out_dir={root}/{residual}", f"--residual={residual}",
+             "--max_steps=6", "--eval_interval=3")
+    return root
+
+
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_records_every_step_and_every_evaluation(runs):
+    for residual in ("baseline", "hc", "mhc"):
+        steps = [r for r in records(runs / residual) if "loss" in r]
+        evals = [r for r in records(runs / residual) if "val_loss" in r]
+        assert [r["step"] for r in steps] == [1, 2, 3, 4, 5, 6] and [r["step"] for r in evals] == [0, 3, 6]
+        assert all(r["grad_norm"] > 0 and r["expert_load"] >= 1 and r["lr"] > 0 for r in steps)
+        assert evals[-1]["val_loss"] < evals[0]["val_loss"] and abs(evals[0]["val_loss"] - math.log(257)) < 0.1
+        assert evals[0]["bits_per_byte"] == pytest.approx(evals[0]["val_loss"] / math.log(2), rel=0.01)  # of bytes
+        assert ("composite_bwd_min" in evals[-1]) == (residual != "baseline")
+    assert len(load_tokenizer(str(runs / "data")).encode("abc")) == 3
+
+
+def test_mhc_gains_are_one_and_maps_are_kept(runs):
+    last = records(runs / "mhc")[-1]
+    np.testing.assert_allclose(last["composite_fwd_max"] + last["single_fwd_min"], 1, atol=1e-5)
+    maps = np.load(runs / "mhc" / "maps.npz")
+    assert "sublayers 1-4" in maps and maps["sublayer 1"].shape == (4, 4)
+
+
+def test_a_run_says_what_made_it(runs):
+    record = json.loads((runs / "hc" / "config.json").read_text())
+    assert record["settings"]["residual"] == "hc" and record["settings"]["vocab_size"] == 257
+    assert any("train.py" in word for word in record["command"]) and "commit" in record
+
+
+def test_figures_draw_and_print_one_row_a_run(runs):
+    folders = [runs / r for r in ("baseline", "hc", "mhc")]
+    done = call("figures.py", *folders, f"--out={runs}/report.png")
+    rows = [line.split() for line in done.stdout.splitlines()]
+    header = "variant params val_loss bits_per_byte step_ms peak_MB gain_fwd gain_bwd".split()
+    table = rows[rows.index(header) + 1 :][:3]
+    assert [row[0] for row in table] == ["baseline", "hc", "mhc"] and all(len(row) == 8 for row in table)
+    assert float(table[2][2]) == pytest.approx(records(runs / "mhc")[-1]["val_loss"], abs=1e-4)
+    for figure in ("loss", "gains", "maps"):
+        call("figures.py", *folders, f"--figure={figure}", f"--out={runs}/{figure}.png")
+        assert (runs / f"{figure}.png").stat().st_size > 10_000
+
+
+def test_figures_of_a_run_in_progress(runs, tmp_path):
+    run = tmp_path / "going"
+    run.mkdir()
+    (run / "config.json").write_text((runs / "mhc" / "config.json").read_text())
+    lines = (runs / "mhc" / "metrics.jsonl").read_text().splitlines()
+    (run / "metrics.jsonl").write_text("\n".join(lines[:4]) + "\n" + lines[4][:20])  # its last line half written
+    call("figures.py", run, f"--out={tmp_path}/report.png")
+    assert "not a run folder" in call("figures.py", tmp_path, ok=False).stderr
+
+
+@pytest.mark.parametrize(
+    "flags,words",
+    [
+        (["--micro_batch_size=3"], "micro_batch_size=3 does not divide batch_size=4"),
+        (["--data_dir=nowhere"], "nowhere"), (["--vocab_size=100"], "vocab_size=100"),
+        (["--qk_rope_head_dim=7"], "qk_rope_head_dim=7"), (["--decay_at=0.5"], "decay_at"),
+        (["--decay_rates=a,b"], "decay_rates='a,b'"), (["--residual=resnet"], "residual='resnet'"),
+        (["--num_experts_per_tok=9"], "num_experts_per_tok=9"),
+    ],
+)  # fmt: skip
+def test_impossible_runs_end_in_one_line(runs, flags, words):
+    done = call("train.py", *TINY, f"--data_dir={runs}/data", f"--out_dir={runs}/never", *flags, ok=False)
+    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+    assert not (runs / "never").exists()
+
+
+def schedule(monkeypatch, **settings):
+    for name, value in settings.items():
+        monkeypatch.setattr(train, name, value)
+    return [train.learning_rate(s) for s in range(settings["max_steps"])]
+
+
+def test_the_papers_step_schedule(monkeypatch):
+    lrs = schedule(monkeypatch, lr=1.0, warmup_steps=20, max_steps=100, lr_schedule="step")
+    assert lrs[0] == 0.05 and lrs[19] == lrs[20] == lrs[79] == 1.0
+    assert lrs[80] == lrs[89] == 0.316 and lrs[90] == lrs[99] == 0.1
+
+
+def test_cosine_and_constant_schedules(monkeypatch):
+    lrs = schedule(monkeypatch, lr=2.0, warmup_steps=10, max_steps=110, lr_schedule="cosine", min_lr_ratio=0.1)
+    assert lrs[9] == lrs[10] == 2.0 and lrs[60] == pytest.approx(1.1) and 0.2 < lrs[-1] < 0.21
+    assert all(a >= b for a, b in zip(lrs[10:], lrs[11:], strict=False))
+    assert schedule(monkeypatch, lr=2.0, warmup_steps=0, max_steps=5, lr_schedule="constant") == [2.0] * 5
+
+
+def test_static_terms_and_norms_take_no_weight_decay():
+    from tests.test_residual import make
+
+    for residual in ("hc", "mhc"):
+        model = make(residual=residual)
+        names = {p: name for name, p in model.named_parameters()}
+        groups = train.make_optimizer(model).param_groups
+        decayed, not_decayed = ({names[p] for p in group["params"]} for group in groups)
+        ends = {name.rsplit(".", 1)[-1] for name in not_decayed}
+        assert ends == {"alpha", "b", "weight"} and all("norm" in n for n in not_decayed if n.endswith("weight"))
+        assert any(n.endswith((".phi", ".theta")) for n in decayed) and len(decayed) + len(not_decayed) == len(names)
+
+
+def test_a_step_that_is_not_finite_is_skipped(monkeypatch):
+    from tests.test_residual import make, tokens
+
+    model = make()
+    optimizer = train.make_optimizer(model)
+    model(tokens(), tokens(1))[1].backward()
+    model.norm.weight.grad[0] = math.nan
+    before = [p.detach().clone() for p in model.parameters()]
+    norm, _ = train.optimizer_step(model, optimizer, 0)
+    assert math.isnan(norm) and all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+    assert model.expert_load().sum() == 0 and all((g.e_score_correction_bias == 0).all() for g in model.gates())
