@@ -3,7 +3,9 @@
     python prepare_data.py                                                  # Python's own library, no network
     python prepare_data.py --dataset=shakespeare --tokenizer=bytes
     python prepare_data.py --dataset=c4 --tokenizer=cl100k_base --tokens=1e9
+    python prepare_data.py --dataset=fineweb10b --tokenizer=gpt2 --tokens=1e9
     python prepare_data.py --dataset=path/to/folder --tokenizer=gpt2        # .txt, .jsonl, each also .gz
+    python prepare_data.py --dataset=eval                                   # the tasks of eval.py (see eval_data.py)
 
 The corpus appears at data/<dataset>_<tokenizer>/ when it is whole and not before: it is written beside it and renamed.
 Running the same command again finds it complete. Documents are whole in either train or val, and each is ended by
@@ -22,6 +24,7 @@ from configurator import above, between, configure
 from corpora import parts, text_sha256
 from data import DataError, read_header, read_meta, sha256_file, shard_header, token_dtype
 from download import DownloadError, read_record, sync_folder, write_json
+from eval_data import TASKS, prepare_eval
 from tokenizer import load_tokenizer as load_tokenizer  # sample.py and eval.py find it here
 from tokenizer import make_tokenizer, read_tokenizer, save_tokenizer, token_lengths
 
@@ -42,6 +45,7 @@ workers = -1  # threads that tokenise; -1: one for each core
 text_key = "text"  # the field of a .jsonl row that holds the document
 mirror = ""  # fetch https://host/path from <mirror>/host/path instead
 eval_dir = ""  # where dataset=eval puts the tasks; "": <data_root>/eval
+tasks = "all"  # for dataset=eval: names separated by commas
 
 RULES = {
     "tokens": (lambda v: v == -1 or v > 0, "a number above 0, or -1 for all"),
@@ -329,7 +333,12 @@ def report(final):
 def main(s):
     """The command: exit code 0, 1 after an error (one line), 130 after Ctrl-C."""
     try:
-        prepare(s)
+        if s["dataset"] == "eval":
+            names = list(TASKS) if s["tasks"] == "all" else s["tasks"].split(",")
+            prepare_eval(s["eval_dir"] or os.path.join(s["data_root"], "eval"),
+                         os.path.join(s["data_root"], "download"), names, s["mirror"])
+        else:
+            prepare(s)
     except (DataError, DownloadError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
