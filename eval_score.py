@@ -313,3 +313,30 @@ def cut(text, stops):
     for stop in stops:
         text = text.split(stop)[0]
     return bytes(text)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss on a prepared corpus
+
+
+@torch.inference_mode()
+def sequence_losses(runner, corpus, limit=0, batch_tokens=16384, title=""):
+    """The mean loss in nats of each of the first `limit` (0: all) sequences of a data.Corpus, as a list."""
+    ids = list(range(min(limit or corpus.n_sequences, corpus.n_sequences)))
+    rows = max(1, batch_tokens // corpus.seq_len)
+    batches = my_share([Batch(ids[i : i + rows], []) for i in range(0, len(ids), rows)])
+    results = {}
+    with progress(batches, title) as bar:
+        for batch in batches:
+            x, y = corpus.sequences(batch.items)  # (rows, T) each
+            h, y = runner.hidden(x.tolist()).flatten(0, 1), y.to(runner.device).flatten()
+            chunk = max(1, MAX_LOGITS // runner.config.vocab_size)
+            losses = [
+                torch.nn.functional.cross_entropy(runner.logits(h_c), y_c, reduction="none")
+                for h_c, y_c in zip(h.split(chunk), y.split(chunk), strict=True)
+            ]
+            means = torch.cat(losses).double().view(len(batch.items), -1).mean(1)
+            results.update(zip(batch.items, means.tolist(), strict=True))
+            bar.update(len(batch.items))
+    results = gather(results)
+    return [results[i] for i in ids]

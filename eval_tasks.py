@@ -16,7 +16,7 @@ import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import eval_metrics as em
 
@@ -55,7 +55,7 @@ class Task:
     gold: Callable | None = None  # row -> number of the right choice
     group: str | None = None  # field by which examples belong to rows (a subject has its own)
     unfold: Callable | None = None  # one line of the examples' file -> its examples, where a line holds several
-    needs: Callable = field(default=lambda: None)  # raises ImportError if a library that the metric needs is missing
+    needs: Callable = lambda: None  # raises ImportError if a library that the metric needs is missing
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -97,10 +97,17 @@ BBH_STEP = "\nA: Let's think step by step.\n"
 
 
 def bbh_examples(line):
-    """The official prompt of a subtask -> its three examples, each with the description they begin with."""
+    """The official prompt of a subtask -> its three examples, each with the description they begin with.
+
+    `step` is what stands between question and answer; in one subtask (sports_understanding) it ends in a space.
+    """
     description, *parts = line["prompt"].strip().split("\n\nQ: ")
-    pairs = [part.split(BBH_STEP, 1) for part in parts]
-    return [{"task": line["task"], "description": description + "\n\n", "input": q, "target": a} for q, a in pairs]
+    examples = []
+    for part in parts:
+        question, step, target = re.split(r"(\nA: Let's think step by step\.\s)", part, maxsplit=1)
+        examples.append({"task": line["task"], "description": description + "\n\n", "input": question, "step": step,
+                         "target": target})  # fmt: skip
+    return examples
 
 
 def drop_golds(row):
@@ -184,7 +191,7 @@ TASKS = {
         ),
         deepseek=Style(
             description=lambda row, examples: examples[0]["description"] if examples else "",
-            question=lambda row: f"Q: {row['input']}{BBH_STEP}",
+            question=lambda row: f"Q: {row['input']}{row.get('step', BBH_STEP)}",  # as in the official prompt
             target=lambda row: row["target"],
             glue="",
             stops=("\n\n", "\nQ:"),
@@ -314,11 +321,11 @@ def triviaqa_golds(answer):
 
 
 def shown(task, examples, row, shots):
-    """The first `shots` examples that belong to a row. ValueError if there are fewer."""
+    """The first `shots` examples that belong to a row. TaskError if there are fewer."""
     mine = [e for e in examples if not task.group or e[task.group] == row[task.group]][:shots]
     if len(mine) < shots:
         which = f" of {task.group} {row[task.group]!r}" if task.group else ""
-        raise ValueError(f"{task.title}: wanted {shots} examples{which}, got {len(mine)}; set --shots={len(mine)}")
+        raise TaskError(f"{task.title}: wanted {shots} examples{which}, got {len(mine)}; set --shots={len(mine)}")
     return mine
 
 
@@ -332,40 +339,44 @@ def context(style, row, examples):
 # Files
 
 
-class MissingTask(Exception):
-    """A task whose files are not there; the message says which, and the command that fetches them."""
+class TaskError(Exception):
+    """A task that cannot be scored: files missing or damaged, too few examples. The message says what to do."""
 
 
 def find_split(eval_dir, name, splits):
-    """Path of the first of `splits` that exists. MissingTask otherwise."""
+    """Path of the first of `splits` that exists. TaskError otherwise."""
     paths = [os.path.join(eval_dir, name, f"{split}.jsonl") for split in splits]
     for path in paths:
         if os.path.isfile(path):
             return path
-    raise MissingTask(f"{name}: no {' or '.join(paths)}; to fetch it: {PREPARE} --tasks={name}")
+    raise TaskError(f"{name}: no {' or '.join(paths)}; to fetch it: {PREPARE} --tasks={name}")
 
 
 def read_rows(path, fields=()):
-    """The rows of a .jsonl file. ValueError naming file and line for what is not JSON or lacks a field."""
+    """The rows of a .jsonl file. TaskError naming file and line for what is not JSON or lacks a field."""
     rows = []
     with open(path, encoding="utf-8") as f:
         for number, line in enumerate(f, 1):
             try:
                 row = json.loads(line)
             except ValueError as e:
-                raise ValueError(f"{path}, line {number}: not JSON ({e}); fetch it again: {PREPARE}") from e
+                raise TaskError(f"{path}, line {number}: not JSON ({e}); fetch it again: {PREPARE}") from e
             lacking = [name for name in fields if name not in row]
             if lacking:
-                raise ValueError(f"{path}, line {number}: no field {', '.join(lacking)}; wanted {', '.join(fields)}")
+                raise TaskError(f"{path}, line {number}: no field {', '.join(lacking)}; wanted {', '.join(fields)}")
             rows.append(row)
     if not rows:
-        raise ValueError(f"{path}: has no rows; fetch it again: {PREPARE}")
+        raise TaskError(f"{path}: has no rows; fetch it again: {PREPARE}")
     return rows
 
 
 def read_task(eval_dir, name, shots):
-    """-> test rows, examples (none if shots is 0), {file: {'rows', 'sha256'}}. Raises MissingTask, ValueError."""
+    """-> test rows, examples (none if shots is 0), {file: {'rows', 'sha256'}}. Raises TaskError."""
     task = TASKS[name]
+    try:
+        task.needs()
+    except ImportError as e:
+        raise TaskError(str(e)) from e
     test = find_split(eval_dir, name, task.tests)
     rows, files = read_rows(test, task.fields), [test]
     examples = []

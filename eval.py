@@ -1,0 +1,342 @@
+"""Score checkpoints on the eight tasks of the paper's Table 4, and on the validation split of a prepared corpus.
+
+    python prepare_data.py --dataset=eval                                 # the tasks' official files, once
+    python eval.py out/demo/mhc                                           # all tasks, the run's newest checkpoint
+    python eval.py out/demo/baseline out/demo/mhc --tasks=loss,piqa       # two runs, compared item by item
+    python eval.py out/demo/mhc/step-* --tasks=hellaswag --limit=500      # with a picture of score against step
+    torchrun --nproc_per_node=8 eval.py out/mhc_27b --dtype=bfloat16      # the same results on 8 GPUs
+    python eval.py out/demo/mhc --lm_eval=arc_easy,winogrande             # any other task, if lm-eval is installed
+
+Results go to <run>/eval/results.json after every task (a run that was cut off goes on where it stopped; --fresh=True
+scores again) and to the terminal, beside the paper's 27B models and the score of random guessing. The tasks and their
+prompts are in eval_tasks.py, what counts as right in eval_metrics.py, the model's side in eval_score.py, the table and
+the comparisons in eval_report.py.
+"""
+
+import datetime
+import hashlib
+import importlib.metadata
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+import eval_report as report
+import eval_score
+from checkpoint import CheckpointError, find, load_model, step_of
+from configurator import at_least, configure, fail, one_of
+from data import Corpus, DataError, read_meta
+from download import read_record, write_json
+from eval_metrics import choice_scores
+from eval_tasks import TASKS, TaskError, context, guess, read_task, shown
+from tokenizer import load_tokenizer
+
+tasks = "all"  # or a list: loss,bbh,drop,gsm8k,hellaswag,math,mmlu,piqa,triviaqa
+eval_dir = "data/eval"  # <task>/<split>.jsonl, made by prepare_data.py --dataset=eval
+data_dir = ""  # the prepared corpus for `loss` and the tokenizer; '': the one the checkpoint was trained on
+style = "harness"  # prompts of lm-evaluation-harness, or 'deepseek': of DeepSeek's base models
+shots = -1  # examples in a prompt; -1: each task's own number
+limit = 0  # score only so many rows of each task, taken evenly from its subjects; 0: all
+batch_tokens = 16384  # tokens in a batch at most, padding and shared prefixes counted
+max_length = 0  # context in tokens; 0: what the model was trained on
+device = "auto"  # 'cpu' | 'cuda' | 'mps'
+dtype = "float32"  # or 'bfloat16': autocast outside the mappings
+out_dir = ""  # where results.json goes; '': eval/ in the first checkpoint's run folder
+save_predictions = False  # keep every item's prediction in results.json too
+fresh = False  # score again what results.json has already
+resamples = 10000  # of the bootstrap in paired comparisons
+seed = 0  # of the bootstrap; nothing else is random
+lm_eval = ""  # tasks for lm-evaluation-harness itself to run on the checkpoints, instead of `tasks`
+
+RULES = {
+    "style": one_of("harness", "deepseek"),
+    "dtype": one_of("float32", "bfloat16"),
+    "device": one_of("auto", "cpu", "cuda", "mps"),
+    "shots": at_least(-1),
+    **dict.fromkeys(("limit", "max_length", "seed"), at_least(0)),
+    **dict.fromkeys(("batch_tokens", "resamples"), at_least(1)),
+}
+SAME = ("checkpoint", "weights", "task", "style", "shots", "limit", "max_length", "dtype", "files")  # of two records
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One task
+
+
+def read(name, s, settings, config):
+    """What is to be scored, before any model runs: rows, prompts and groups of a task, or the corpus; and its files.
+
+    Raises TaskError.
+    """
+    if name == "loss":
+        try:
+            corpus = Corpus(s["data_dir"] or settings["data_dir"], "val", s["max_length"] or config.seq_len)
+        except DataError as e:
+            raise TaskError(f"loss: {e}") from e
+        return {"corpus": corpus, "files": {"val": {"sequences": corpus.n_sequences, "sha256": corpus.fingerprint}}}
+    task = TASKS[name]
+    rows, examples, files = read_task(s["eval_dir"], name, s["shots"])
+    rows = first_rows(rows, task.group, s["limit"])
+    prompts = [context(getattr(task, s["style"]), row, shown(task, examples, row, s["shots"])) for row in rows]
+    return {"rows": rows, "prompts": prompts, "groups": [row[task.group] if task.group else "" for row in rows],
+            "files": files}  # fmt: skip
+
+
+def first_rows(rows, group, limit):
+    """The first `limit` rows (0: all); of a task with subjects the first ones of each, in turn."""
+    if not limit or not group:
+        return rows[: limit or None]
+    seen, ranks = {}, []
+    for row in rows:
+        ranks.append(seen.setdefault(row[group], 0))
+        seen[row[group]] += 1
+    taken = sorted(range(len(rows)), key=lambda i: ranks[i])[:limit]  # stable: subjects stay in order
+    return [rows[i] for i in sorted(taken)]
+
+
+def score_choices(runner, encoding, task, style, given, s):
+    """-> {metric: [per item]}, the choices' log-probabilities, and how many items did not fit."""
+    choices = [style.choices(row) for row in given["rows"]]
+    items = [
+        [eval_score.encode_pair(encoding, prompt, style.glue + choice) for choice in texts]
+        for prompt, texts in zip(given["prompts"], choices, strict=True)
+    ]
+    scored = eval_score.loglikelihoods(runner, items, given["groups"], s["batch_tokens"], title=task.title)
+    logprobs = [[lp for lp, _ in item] for item in scored]
+    golds = [task.gold(row) for row in given["rows"]]
+    each = [choice_scores(lp, c, gold) for lp, c, gold in zip(logprobs, choices, golds, strict=True)]
+    longest = runner.max_length + 1
+    counts = {
+        "truncated": sum(any(len(c) + len(t) > longest for c, t in item) for item in items),
+        "clipped": sum(any(len(t) >= longest for _, t in item) for item in items),  # not even the choice fits
+    }
+    return {m: [e[m] for e in each] for m in style.metrics}, logprobs, counts
+
+
+def score_texts(runner, encoding, task, style, given, s):
+    """-> {metric: [per item]} (on the first process; empty lists on others), the texts, and how many did not fit."""
+    texts = eval_score.generate(
+        runner, encoding, given["prompts"], given["groups"], style.stops, style.max_new_tokens, s["batch_tokens"],
+        task.title,
+    )  # fmt: skip
+    each = [style.score(text, row) for text, row in zip(texts, given["rows"], strict=True)] if is_main() else []
+    budget = min(style.max_new_tokens, runner.max_length // 2)
+    cut = sum(len(encoding.encode_ordinary(p)) > runner.max_length - budget for p in given["prompts"])
+    return {m: [e[m] for e in each] for m in style.metrics}, texts, {"truncated": cut, "max_new_tokens": budget}
+
+
+def task_record(runner, encoding, name, given, s):
+    """Score one of TASKS -> what results.json keeps of it, but for the checkpoint and the settings."""
+    task = TASKS[name]
+    style, rows = getattr(task, s["style"]), given["rows"]
+    score = score_choices if style.choices else score_texts
+    scores, predictions, counts = score(runner, encoding, task, style, given, s)
+    chance = sum(guess(task, row) for row in rows) / len(rows)
+    record = {
+        "n": len(rows), "official": task.sizes[0], "partial": len(rows) not in task.sizes, **counts,
+        "random": {m: chance for m in scores if style.choices or m == style.metrics[0]}, "scores": scores,
+    }  # fmt: skip
+    return record | ({"predictions": predictions} if s["save_predictions"] else {})
+
+
+def loss_record(runner, given, s):
+    """Score the validation split of a corpus -> as task_record."""
+    corpus = given["corpus"]
+    losses = eval_score.sequence_losses(runner, corpus, s["limit"], s["batch_tokens"], "validation loss")
+    per_byte = 1 / math.log(2) / corpus.bytes_per_token
+    uniform = math.log(runner.config.vocab_size)
+    return {
+        "n": len(losses), "official": corpus.n_sequences, "partial": len(losses) < corpus.n_sequences,
+        "random": {"loss": uniform, "bits_per_byte": uniform * per_byte}, "seq_len": corpus.seq_len,
+        "scores": {"loss": losses, "bits_per_byte": [loss * per_byte for loss in losses]},
+    }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Checkpoints and results
+
+
+def run_of(checkpoint):
+    """The run folder that a step folder lies in."""
+    return os.path.dirname(checkpoint) or "."
+
+
+def weights_hash(model):
+    """sha256 over every tensor of a model: which weights a score belongs to, wherever the file has been moved."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def open_encoding(s, settings, config):
+    """The checkpoint's tokenizer. Ends the program if there is none, or one with more tokens than the model has."""
+    folder, trained_on = s["data_dir"] or settings["data_dir"], settings["data_dir"]
+    try:
+        encoding = load_tokenizer(folder)
+        if s["data_dir"] and os.path.isdir(trained_on):
+            if read_meta(folder)["tokenizer_sha256"] != read_meta(trained_on)["tokenizer_sha256"]:
+                fail(f"{folder}: its tokenizer is not that of {trained_on}, which the checkpoint was trained on")
+    except DataError as e:
+        fail(f"{e}; --data_dir= names another corpus made with the checkpoint's tokenizer")
+    if encoding.n_vocab > config.vocab_size:
+        fail(f"{folder}: its tokenizer has {encoding.n_vocab} tokens, the model {config.vocab_size}: not the model's")
+    return encoding
+
+
+def versions():
+    """What the numbers may depend on."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in ("numpy", "tiktoken", "sympy", "antlr4-python3-runtime"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
+                         capture_output=True, text=True)  # fmt: skip
+    return found | {"commit": git.stdout.strip() or None}
+
+
+def keep(path, results, record):
+    """Put a record into results.json in place of an older one of the same checkpoint and settings."""
+    same = [k for k in SAME if k not in ("weights", "files")]
+    results["records"] = [r for r in results["records"] if any(r[k] != record[k] for k in same)] + [record]
+    write_json(path, results)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def is_main():
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def say(*words):
+    if is_main():
+        print(*words, flush=True)
+
+
+def start_processes(device):
+    """Join the other processes of torchrun, if there are any; returns this process's device."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if "RANK" not in os.environ:
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    # the first process alone scores texts (MATH's sympy is slow) while the others wait
+    dist.init_process_group("nccl" if "cuda" in device else "gloo", timeout=datetime.timedelta(hours=12))
+    return device
+
+
+def wanted_tasks():
+    names = ["loss", *TASKS] if tasks == "all" else [name.strip() for name in tasks.split(",")]
+    for name in names:
+        if name != "loss" and name not in TASKS:
+            fail(f"tasks: unknown task {name!r}: wanted all, or a list out of loss, {', '.join(TASKS)}")
+    return list(dict.fromkeys(names))
+
+
+def evaluate(checkpoint, names, path, results, config, where):
+    """Score one checkpoint on the tasks of these names -> its records, why others are missing.
+
+    Of the records, those already in `results` are kept; every new one is written to `path` at once.
+    """
+    model, settings = load_model(checkpoint, where)
+    encoding = open_encoding(config, settings, model.config)
+    runner = eval_score.Runner(model, dtype, max_length)
+    about = {"checkpoint": checkpoint, "run": run_of(checkpoint), "step": step_of(checkpoint),
+             "residual": model.config.residual, "weights": weights_hash(model)}  # fmt: skip
+    records, missing = [], []
+    for name in names:
+        s = config | {"shots": 0 if name == "loss" else TASKS[name].shots if shots < 0 else shots}
+        try:
+            given = read(name, s, settings, model.config)
+        except TaskError as e:
+            missing.append(str(e))
+            continue
+        about |= {"task": name, "style": style if name in TASKS else "-", "shots": s["shots"], "limit": limit,
+                  "max_length": runner.max_length, "dtype": dtype, "files": given["files"]}  # fmt: skip
+        old = [r for r in results["records"] if all(about[k] == r[k] for k in SAME)]
+        if old and not fresh and (not save_predictions or "predictions" in old[0] or name == "loss"):
+            say(f"{checkpoint}: {report.title(name)}: kept from {path}")
+            records += old
+            continue
+        start = time.perf_counter()
+        if name == "loss":
+            new = loss_record(runner, given, s)
+        else:
+            new = task_record(runner, encoding, name, given, s)
+        if is_main():
+            metrics = {m: report.mean_and_error(v) for m, v in new["scores"].items()}
+            new["metrics"] = {m: {"value": value, "se": se} for m, (value, se) in metrics.items()}
+            records.append(about | {"seconds": time.perf_counter() - start} | new)
+            keep(path, results, records[-1])
+    return records, missing
+
+
+def main():
+    global out_dir
+    checkpoints = [a for a in sys.argv[1:] if not a.startswith("-") and not a.endswith(".py")]
+    config = configure(globals(), RULES, [a for a in sys.argv[1:] if a not in checkpoints])
+    if not checkpoints:
+        fail("no checkpoint given: wanted one or more run folders or step folders, like python eval.py out/demo/mhc")
+    where = start_processes(device)
+    try:
+        checkpoints = list(dict.fromkeys(os.path.relpath(find(c)) for c in checkpoints))
+    except CheckpointError as e:
+        fail(str(e))
+    if lm_eval:
+        import eval_harness
+
+        return eval_harness.run(checkpoints, lm_eval.split(","), config | {"device": where})
+    names = wanted_tasks()
+    path = os.path.join(out_dir or os.path.join(run_of(checkpoints[0]), "eval"), "results.json")
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    results = {"versions": versions(), "command": " ".join(sys.argv)}
+    results["records"] = (read_record(path) or {}).get("records", [])
+    records, missing = [], []
+    for checkpoint in checkpoints:
+        new, lacking = evaluate(checkpoint, names, path, results, config, where)
+        records += new
+        missing += lacking
+    if is_main():
+        conclude(records, missing, path, results)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if not records and is_main():
+        fail("nothing could be scored")
+
+
+def conclude(records, missing, path, results):
+    """Print the table, the comparisons and what is missing; draw the picture."""
+    names = {r["checkpoint"]: f"{os.path.basename(r['run'])} {r['step']}" for r in records}
+    if records:
+        print(f"\nprompts: {style}; per cent ± standard error; the paper's are 27B models after 262B tokens\n")
+        print(*report.table(records, names), sep="\n")
+        pairs = report.comparisons(records, seed, resamples) if len(names) > 1 else []
+        results["comparisons"] = pairs
+        write_json(path, results)
+        print("", *report.comparison_lines(pairs, names), sep="\n")
+        if len({r["step"] for r in records}) > 1:
+            drawn = os.path.join(os.path.dirname(path), "score_vs_step.png")
+            report.picture(records, drawn)
+            print(f"picture: {drawn}")
+        cut = [f"{report.title(r['task'])} {r['truncated']} of {r['n']}" for r in records if r.get("truncated")]
+        if cut:
+            print(f"prompts cut on the left to fit {records[0]['max_length']} tokens: {', '.join(dict.fromkeys(cut))}")
+        print(f"results: {path}")
+    for why in dict.fromkeys(missing):
+        print(f"missing: {why}")
+
+
+if __name__ == "__main__":
+    main()
