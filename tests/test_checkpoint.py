@@ -1,0 +1,401 @@
+"""checkpoint.py: what is saved comes back, whatever the number of processes; what is damaged is found and named."""
+
+import json
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+from checkpoint import CheckpointError
+from model import GPT, GPTConfig
+from tests.ranks import run_ranks
+
+TINY = dict(
+    vocab_size=257, seq_len=16, n_layer=2, n_embd=32, n_head=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
+    v_head_dim=8, intermediate_size=64, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, impl="ref",
+)
+
+
+def make(seed, kind="one", **changes):
+    """A tiny model (bare, 'ddp' or 'fsdp'), and its optimizer after two steps with gradients that differ everywhere."""
+    model = GPT(GPTConfig(**TINY | changes))
+    model.init_weights(seed)
+    for i, gate in enumerate(model.gates()):
+        gate.e_score_correction_bias += torch.arange(4) * 0.1 * (seed + i)
+    net = model
+    if kind == "ddp":
+        net = DistributedDataParallel(model)
+    elif kind == "fsdp":
+        net = fully_shard(model)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01 * seed)
+    for _ in range(2):
+        for p in net.parameters():
+            p.grad = 0.3 * p.detach() + 0.01 * seed
+        optimizer.step()
+    optimizer.zero_grad()
+    return net, optimizer
+
+
+def whole(t):
+    return (t.full_tensor() if hasattr(t, "full_tensor") else t).detach().clone()
+
+
+def everything(net, optimizer):
+    """{key: whole tensor} of weights, buffers and moments, read without checkpoint.py's help."""
+    model = getattr(net, "module", net)
+    found = {name: whole(t) for name, t in model.state_dict().items()}
+    for name, p in model.named_parameters():
+        found |= {f"{name}.{key}": whole(t) for key, t in optimizer.state[p].items()}
+    return found
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def save(run, step, seed=1, **options):
+    net, optimizer = make(seed)
+    checkpoint.save(str(run), step, net, optimizer, {"best_loss": 2.5, "tokens": [step]}, dict(TINY), **options)
+    return os.path.join(run, f"step-{step:08d}")
+
+
+def steps(run):
+    return [checkpoint.step_of(f) for f in checkpoint.step_folders(str(run))]
+
+
+# -- round trips ----------------------------------------------------------------------------------------------------
+
+
+def test_one_process_comes_back_bit_for_bit(tmp_path):
+    net, optimizer = make(1)
+    torch.manual_seed(7)
+    checkpoint.save(str(tmp_path), 12, net, optimizer, {"best_loss": 1 / 3, "list": [1, None]}, dict(TINY))
+    wanted, drawn = everything(net, optimizer), torch.rand(3)
+    other, other_optimizer = make(2)
+    with pytest.raises(AssertionError):
+        same(everything(other, other_optimizer), wanted)
+    state = checkpoint.load(checkpoint.latest_complete(str(tmp_path)), other, other_optimizer)
+    same(everything(other, other_optimizer), wanted)
+    assert state == {"best_loss": 1 / 3, "list": [1, None]}
+    assert torch.equal(torch.rand(3), drawn)  # the generator goes on where it was
+    assert other_optimizer.param_groups[0]["lr"] == 0.02  # hyperparameters belong to the settings
+    assert os.readlink(tmp_path / "latest") == "step-00000012"
+
+
+def test_a_fresh_optimizer_gets_its_moments(tmp_path):
+    net, optimizer = make(1)
+    checkpoint.save(str(tmp_path), 2, net, optimizer, {}, dict(TINY))
+    other = make(2)[0]
+    fresh = torch.optim.AdamW(other.parameters(), lr=0.5)
+    checkpoint.load(str(tmp_path / "step-00000002"), other, fresh)
+    same(everything(other, fresh), everything(net, optimizer))
+
+
+def test_saved_before_the_first_step(tmp_path):
+    net = make(1)[0]
+    unused = torch.optim.AdamW(net.parameters())
+    for p in net.parameters():
+        p.grad = torch.full_like(p, torch.nan)  # a first step that was skipped: no state, but gradients
+    checkpoint.save(str(tmp_path), 1, net, unused, {}, dict(TINY))
+    other, fresh = make(2)[0], torch.optim.AdamW(net.parameters())
+    checkpoint.load(str(tmp_path / "step-00000001"), other, fresh)
+    assert not fresh.state
+    same(other.state_dict(), net.state_dict())
+
+
+def test_nothing_is_unpickled(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a pickle was read")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(torch, "load", refuse)
+    folder = save(tmp_path, 3)
+    assert {os.path.splitext(f)[1] for f in os.listdir(folder)} == {".safetensors", ".json"}
+    checkpoint.load(checkpoint.resume_point(str(tmp_path)), *make(2))
+    checkpoint.load_model(str(tmp_path))
+
+
+def check_resharding(folder, source, seed, targets):
+    """On `len(ranks)` processes: save from the kind `source` if given, and load into each kind of `targets`."""
+    if source:
+        net, optimizer = make(seed, source)
+        checkpoint.save(folder, 5, net, optimizer, {"n": 5}, dict(TINY))
+        wanted = everything(net, optimizer)
+        if dist.get_rank() == 0:
+            save_file({k: t.contiguous() for k, t in wanted.items()}, os.path.join(folder, "wanted.safetensors"))
+        dist.barrier()
+    wanted = load_file(os.path.join(folder, "wanted.safetensors"))
+    for kind in targets:
+        net, optimizer = make(seed + 1, kind)
+        assert checkpoint.load(checkpoint.resume_point(folder), net, optimizer) == {"n": 5}
+        same(everything(net, optimizer), wanted)
+
+
+@pytest.mark.parametrize(
+    "source, world, targets",
+    [
+        ("fsdp", 4, {4: ["fsdp"], 2: ["fsdp", "ddp"], 1: ["one", "fsdp"]}),
+        ("ddp", 2, {4: ["fsdp"], 1: ["one"]}),
+        ("one", 1, {3: ["fsdp", "ddp"]}),  # 3 divides few of the shapes, and alpha (3,) by 4 leaves an empty shard
+    ],
+)
+def test_resharding(tmp_path, source, world, targets):
+    run_ranks(world, check_resharding, str(tmp_path), source, 1, [])
+    for ranks, kinds in targets.items():
+        run_ranks(ranks, check_resharding, str(tmp_path), None, 1, kinds)
+    weights = checkpoint.load_weights(str(tmp_path / "step-00000005"))
+    wanted = load_file(tmp_path / "wanted.safetensors")
+    same(weights, {k: wanted[k] for k in weights})
+
+
+def test_files_are_cut_at_a_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 40_000)
+    folder = save(tmp_path, 1)
+    sizes = [os.path.getsize(os.path.join(folder, f)) for f in os.listdir(folder) if f.endswith(".safetensors")]
+    assert len(sizes) > 5 and max(sizes) < 40_000 + 257 * 32 * 4 + 20_000  # one tensor more, and a header
+    other, optimizer = make(2)
+    checkpoint.load(folder, other, optimizer)
+    same(everything(other, optimizer), everything(*make(1)))
+
+
+def test_load_model_and_export(tmp_path, capsys):
+    folder = save(tmp_path, 4)
+    net, _ = make(1)
+    idx = torch.arange(16).view(1, 16)
+    for path in (tmp_path, folder, tmp_path / "latest"):
+        model, settings = checkpoint.load_model(str(path))
+        assert not model.training and settings == TINY
+        assert torch.equal(model(idx)[0], net.eval()(idx)[0])
+    model, _ = checkpoint.load_model(folder, dtype=torch.bfloat16)
+    dtypes = {name: p.dtype for name, p in model.state_dict().items()}
+    assert dtypes["lm_head.weight"] == torch.bfloat16 and dtypes["layers.1.attn_residual.phi"] == torch.float32
+    assert model(idx)[0].isfinite().all()
+    file = str(tmp_path / "all.safetensors")
+    checkpoint.main([str(tmp_path), file])
+    same(load_file(file), net.state_dict())
+    with safe_open(file, "pt") as f:
+        assert json.loads(f.metadata()["settings"]) == TINY and f.metadata()["step"] == "4"
+    checkpoint.main([str(tmp_path)])
+    assert "step-00000004: whole" in capsys.readouterr().out
+
+
+def test_another_model_is_refused(tmp_path):
+    folder = save(tmp_path, 4)
+    for changes in ({"n_layer": 3}, {"n_layer": 1}, {"n_embd": 48}, {"residual": "hc"}):
+        with pytest.raises(CheckpointError, match="does not fit this model: .* there and .* here"):
+            checkpoint.load(folder, *make(1, **changes))
+
+
+# -- what is kept ---------------------------------------------------------------------------------------------------
+
+
+def test_the_last_and_the_best_are_kept(tmp_path):
+    for step in range(1, 8):
+        save(tmp_path, step, keep=3, best=step in (1, 2))
+    assert steps(tmp_path) == [2, 5, 6, 7]
+    with pytest.raises(ValueError, match="at least 2"):
+        save(tmp_path, 8, keep=1)
+
+
+def test_the_same_step_again(tmp_path):
+    save(tmp_path, 3, seed=1)
+    folder = save(tmp_path, 3, seed=2)
+    assert checkpoint.problem_with(folder) is None and steps(tmp_path) == [3]
+    same(checkpoint.load_weights(folder), make(2)[0].state_dict())
+
+
+# -- damage ---------------------------------------------------------------------------------------------------------
+
+
+def flip(path, at):
+    with open(path, "r+b") as f:
+        f.seek(at % os.path.getsize(path))
+        byte = f.read(1)[0]
+        f.seek(-1, 1)
+        f.write(bytes([byte ^ 4]))
+
+
+def truncate(path, at):
+    os.truncate(path, at % os.path.getsize(path))
+
+
+def remove(path, at):
+    os.remove(path)
+
+
+def stray(path, at):
+    """A shard of another checkpoint: DCP would read it."""
+    with open(path, "rb") as f, open(path + ".more.safetensors", "wb") as g:
+        g.write(f.read())
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, remove, stray])
+@pytest.mark.parametrize("name", ["shard-00001-model-00001-of-00001.safetensors", "state.json", "manifest.json"])
+def test_damage_is_found_and_named(tmp_path, capsys, damage, name):
+    save(tmp_path, 1, seed=1)
+    folder = save(tmp_path, 2, seed=2)
+    damage(os.path.join(folder, name), 54321)
+    with pytest.raises(CheckpointError, match="broken"):
+        checkpoint.find(folder)
+    found = checkpoint.latest_complete(str(tmp_path))
+    assert found == str(tmp_path / "step-00000001")
+    line = capsys.readouterr().err
+    assert folder in line and name.split(".")[0] in line, line
+    same(checkpoint.load_model(str(tmp_path))[0].state_dict(), make(1)[0].state_dict())
+
+
+def test_every_byte_of_the_manifest_matters(tmp_path):
+    """A flip anywhere in it is either found or harmless: what loads is what was saved."""
+    folder = save(tmp_path, 1)
+    path = os.path.join(folder, "manifest.json")
+    before = json.load(open(path))
+    harmless = 0
+    for at in range(os.path.getsize(path)):
+        flip(path, at)
+        if checkpoint.problem_with(folder) is None:
+            harmless += 1
+            assert json.load(open(path)) == before, at
+        flip(path, at)
+    assert harmless < 40  # white space between the entries
+
+
+def test_broken_ones_are_set_aside_at_a_resume(tmp_path):
+    for step in (1, 2, 3):
+        save(tmp_path, step, keep=3)
+    flip(tmp_path / "step-00000003" / "state.json", 99)
+    os.makedirs(tmp_path / ".tmp-step-00000004")
+    assert checkpoint.resume_point(str(tmp_path)) == str(tmp_path / "step-00000002")
+    assert steps(tmp_path) == [1, 2] and os.path.isdir(tmp_path / "broken-step-00000003")
+    assert not any(name.startswith(".tmp-step") for name in os.listdir(tmp_path))
+    save(tmp_path, 4)
+    assert steps(tmp_path) == [2, 4]  # the broken one was not counted among the two
+
+
+def test_no_checkpoint(tmp_path):
+    assert checkpoint.resume_point(str(tmp_path / "new")) is None
+    with pytest.raises(CheckpointError, match="wanted a run folder"):
+        checkpoint.load_model(str(tmp_path / "nowhere"))
+
+
+# -- full disk ------------------------------------------------------------------------------------------------------
+
+
+def check_full_disk(folder):
+    net, optimizer = make(1, "fsdp")
+    checkpoint.save(folder, 1, net, optimizer, {}, dict(TINY))
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+    with pytest.raises(CheckpointError) as e:
+        checkpoint.save(folder, 2, net, optimizer, {}, dict(TINY))
+    assert "step 2 could not be saved" in str(e.value) and "\n" not in str(e.value)
+    assert "File too large" in str(e.value) and "(process 1)" in str(e.value) and "step-00000001" in str(e.value)
+    dist.barrier()
+    assert sorted(os.listdir(folder)) == ["latest", "step-00000001"]
+    assert checkpoint.latest_complete(folder) is not None
+
+
+def test_full_disk_on_one_of_two_processes(tmp_path):
+    run_ranks(2, check_full_disk, str(tmp_path))
+
+
+def test_full_disk_while_exporting(tmp_path, monkeypatch):
+    folder = save(tmp_path, 1)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, old[1]))
+    try:
+        with pytest.raises(CheckpointError, match="could not be written"):
+            checkpoint.export(folder, str(tmp_path / "x.safetensors"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000001"]
+
+
+# -- kills ----------------------------------------------------------------------------------------------------------
+
+
+def save_for_ever(run, first, done):
+    torch.set_num_threads(1)
+    net, optimizer = make(1)
+    for step in range(first, 10**6):
+        checkpoint.save(run, step, net, optimizer, {"step": step}, dict(TINY))
+        done.value = step
+
+
+def test_kills_in_back_to_back_saves(tmp_path):
+    """30 kills -9 at random moments, nearly all inside a save: the last finished save is always there, whole."""
+    rng, context, run = random.Random(1), mp.get_context("fork"), str(tmp_path)
+    first, cut = 1, 0
+    for _ in range(30):
+        done = context.Value("q", first - 1)
+        process = context.Process(target=save_for_ever, args=(run, first, done))
+        process.start()
+        end = time.monotonic() + 30
+        while done.value < first + rng.randrange(2) and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.03)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        cut += any(name.startswith(".tmp") for name in os.listdir(run))
+        folder = checkpoint.resume_point(run)
+        assert folder is not None and checkpoint.step_of(folder) >= done.value
+        assert not any(name.startswith((".tmp", "broken")) for name in os.listdir(run))
+        assert checkpoint.load(folder, *make(2))["step"] == checkpoint.step_of(folder)
+        first = checkpoint.step_of(folder) + 1
+    assert cut >= 10, f"only {cut} of 30 kills fell into a save"
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    code = f"import checkpoint, time; checkpoint.resume_point({str(tmp_path)!r}); print('has it', flush=True)"
+    code += "; time.sleep(60)"
+    root = os.path.dirname(checkpoint.__file__)
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "has it\n"
+        with pytest.raises(CheckpointError, match="another run is going on"):
+            checkpoint.resume_point(str(tmp_path))
+    finally:
+        other.kill()
+        other.wait()
+    assert checkpoint.resume_point(str(tmp_path)) is None  # a killed run holds nothing
+
+
+# -- one run or another ---------------------------------------------------------------------------------------------
+
+
+def test_move_aside(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    assert checkpoint.move_aside(str(run)) is None
+    for k in (1, 2):
+        save(run, k)
+        assert checkpoint.move_aside(str(run) + "/") == f"{run}.old-{k}"
+        assert not run.exists() and steps(f"{run}.old-{k}") == [k]
+    save(run, 3)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert checkpoint.move_aside(str(run)) is None and steps(run) == [3]
+
+
+def test_trim_records(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = ['{"step": 1, "loss": 2.5}', '{"step": 2, "loss": null}', '{"step": 2, "val_loss": 1}', '{"step": 3}']
+    path.write_text("\n".join(lines) + '\n{"step": 4, "lo')
+    checkpoint.trim_records(str(path), 2)
+    assert path.read_text().splitlines() == lines[:3] and path.read_text().endswith("\n")
+    checkpoint.trim_records(str(tmp_path / "none.jsonl"), 2)
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
