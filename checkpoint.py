@@ -473,19 +473,34 @@ def lock(out_dir):
     held_locks[os.path.realpath(out_dir)] = f
 
 
-def same_run(out_dir, saved, settings):
-    """Raise CheckpointError if out_dir holds a run of another model, data or order of data. -> settings that differ.
+def same_run(out_dir, folder, origin):
+    """Raise CheckpointError if out_dir holds a run of another model, other data or another order of data.
 
-    saved, settings: a run's settings with its data hashes among them as `data`. Both fix every weight and every batch;
-    LR, schedule, precision, number of processes and intervals may change between one start of a run and the next.
+    folder: the run's newest checkpoint, None: the run has only its config.json, or nothing at all.
+    origin: of the run that is starting: {"settings", "data", ...} as config.json keeps it.
+    What fixes every weight and every batch must agree; LR, schedule, precision, number of processes, intervals ... may
+    differ from one start to the next: -> {name: (was, is)} of those that do.
     """
+    if folder:
+        record = read_json(os.path.join(folder, "state.json"))
+        was = record["settings"] | {"data": record["state"]["origin"]["data"]}
+    elif os.path.exists(path := os.path.join(out_dir, "config.json")):
+        record = read_json(path)
+        was = record["settings"] | {"data": record["data"]}
+    else:
+        return {}
+    now = origin["settings"] | {"data": origin["data"]}
     fixed = {f.name for f in fields(GPTConfig)} - {"impl"} | {"data", "seed", "batch_size"}
-    differ = {k: (saved[k], settings[k]) for k in settings if k in saved and saved[k] != settings[k]}
+    differ = {k: (was[k], now[k]) for k in now if k in was and was[k] != now[k]}
     for name in sorted(differ.keys() & fixed):
-        was, now = differ[name]
+        a, b = differ[name]
+        if name == "data":
+            a, b = "other data", f"the data given (its shards' sha256 is {b['train'][:8]}..., not {a['train'][:8]}...)"
+        else:
+            a, b = f"{name}={a!r}", f"{name}={b!r}"
         raise CheckpointError(
-            f"{out_dir} holds a run with {name}={was!r}, this one has {name}={now!r}; to go on with that run give it "
-            f"its {name}, to start another use a different --out_dir, or --init_from=scratch to move that run aside"
+            f"{out_dir} holds a run with {a}, not with {b}: to go on with it, give it the same {name}; "
+            "to start another, use another out_dir, or --init_from=scratch, which moves the old run aside"
         )
     return differ
 

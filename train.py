@@ -6,6 +6,9 @@
 
 out_dir receives config.json (settings, command line, commit), metrics.jsonl (one line a step, one an evaluation),
 maps.npz (heat maps of H_res at the last evaluation) and checkpoints. figures.py draws them, while a run goes on too.
+
+SIGTERM and Ctrl-C finish the step, save and exit 0. The same command again goes on from the newest whole checkpoint in
+out_dir, as if there had been no break; a kill or a power failure loses the steps since then and nothing else.
 """
 
 import json
@@ -22,6 +25,7 @@ from dataclasses import fields
 import numpy as np
 import torch
 
+import checkpoint
 from configurator import above, at_least, between, configure, fail, one_of
 from data import Corpus, DataError, order
 from gains import alarms, gains, heat_maps, res_gradients, stream_spread
@@ -35,6 +39,7 @@ device = "auto"  # 'cpu' | 'cuda' | 'mps'; 'auto': the best there is, and it is 
 dtype = "float32"  # 'bfloat16': autocast outside the mappings; the streams are bf16 then (Eq 11)
 compile = False  # torch.compile the sublayers
 dry_run = False  # print what the run would take, and stop
+init_from = "resume"  # go on with the unfinished run in out_dir, if any; 'scratch': move it to <out_dir>.old-1 first
 # -- the model: see GPTConfig ---------------------------------------------------------------------------------------
 vocab_size = 0  # 0: the corpus's own; more pads the embedding and the head
 seq_len = 1024
@@ -82,11 +87,14 @@ bias_update_speed = 0.001  # gamma: how far an expert's selection bias moves in 
 eval_interval = 100  # steps between evaluations
 eval_sequences = 64  # of the validation split, always the first ones
 checkpoint_interval = 500  # steps between checkpoints; there is always one at the end
+keep_checkpoints = 2  # the last ones kept, at least 2; and the one with the best validation loss of its own step
 log = "none"  # 'tensorboard' | 'wandb', beside metrics.jsonl
 profile = False  # write one trace of ten steps to out_dir/trace.json
 
 RULES = {
     "device": one_of("auto", "cpu", "cuda", "mps"),
+    "init_from": one_of("resume", "scratch"),
+    "keep_checkpoints": at_least(2),
     "dtype": one_of("float32", "bfloat16"),
     "vocab_size": at_least(0),
     "residual": one_of("baseline", "hc", "mhc"),
@@ -272,6 +280,10 @@ class Log:
         except ImportError as e:
             fail(f"log={log!r} needs a package that is not installed ({e}): pip install {log}")
 
+    def sync(self):
+        """Durable, so that no checkpoint is ahead of its records."""
+        os.fsync(self.file.fileno())
+
     def write(self, record):
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
@@ -281,14 +293,12 @@ class Log:
                     send(name, value, record["step"])
 
 
-def save_settings(settings):
-    """config.json: the settings, the command line and the commit, so that a result can be traced to what made it."""
+def provenance(settings, train_data, val_data):
+    """Settings, command line, commit and data hashes, so that a result can be traced to what made it."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    record = {"settings": settings, "command": [sys.executable, *sys.argv], "commit": git.stdout.strip() or None}
-    path = os.path.join(out_dir, "config.json")
-    with open(path + ".tmp", "w") as f:
-        json.dump(record, f, indent=1)
-    os.replace(path + ".tmp", path)
+    data = {"train": train_data.fingerprint, "val": val_data.fingerprint}
+    return {"settings": settings, "command": [sys.executable, *sys.argv], "commit": git.stdout.strip() or None,
+            "data": data}
 
 
 def start_profiler():
@@ -326,6 +336,33 @@ def build_model(settings, vocab, device):
     return model.to(device)
 
 
+def begin(model, optimizer, origin):
+    """Where the run begins: the number of steps done, and the state that checkpoints carry beside the tensors.
+
+    origin: provenance() of this start; it is left in config.json, and with every checkpoint."""
+    if init_from == "scratch" and (aside := checkpoint.on_rank_0(lambda: checkpoint.move_aside(out_dir))):
+        print(f"the run that was in {out_dir} is now in {aside}")
+    folder = checkpoint.resume_point(out_dir)
+    changed = checkpoint.same_run(out_dir, folder, origin)
+    step, state = 0, {"evaluated": None, "val_loss": None, "best_loss": None, "skips": 0}
+    if folder:
+        step, state = checkpoint.step_of(folder), checkpoint.load(folder, model, optimizer)
+        print(f"going on from {folder}" + "".join(f"\n  {k}: {a!r} -> {b!r}" for k, (a, b) in changed.items()))
+    metrics, config = (os.path.join(out_dir, name) for name in ("metrics.jsonl", "config.json"))
+    checkpoint.on_rank_0(lambda: checkpoint.trim_records(metrics, step if folder else -1))
+    checkpoint.on_rank_0(lambda: checkpoint.write_json(config, origin))
+    return step, state | {"origin": {k: v for k, v in origin.items() if k != "settings"}}
+
+
+def save(step, model, optimizer, settings, state, records):
+    """A checkpoint of `step`: the best one if its own validation loss is below that of any before it."""
+    records.sync()
+    best = state["evaluated"] == step and (state["best_loss"] is None or state["val_loss"] < state["best_loss"])
+    if best:
+        state["best_loss"] = state["val_loss"]
+    checkpoint.save(out_dir, step, model, optimizer, state, settings, keep_checkpoints, best)
+
+
 def mfu_per_token_rate(model, device):
     """Model FLOPs utilisation at one token a second; None where the device's peak is not known."""
     peak = peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
@@ -333,7 +370,7 @@ def mfu_per_token_rate(model, device):
 
 
 def evaluate(model, step, corpus, device, step_times, records):
-    """One evaluation: validation loss, gains, alarms; printed and recorded."""
+    """One evaluation: validation loss, gains, alarms; printed and recorded. -> validation loss"""
     loss = validation_loss(model, corpus, device)
     found, alarm = look_at_maps(model, corpus, device)
     record = {
@@ -352,6 +389,7 @@ def evaluate(model, step, corpus, device, step_times, records):
     print(f"step {step}: val_loss {loss:.4f}  bits/byte {record['bits_per_byte']:.4f}" + gain)
     for line in alarm if step else []:  # before the first step no map has had a chance to move
         print(line)
+    return loss
 
 
 def report_step(step, loss, norm, load, step_times, peak, records):
@@ -379,30 +417,40 @@ def main():
     train_data, val_data = open_corpora()
     model = build_model(settings, train_data.vocab_size, on)
     optimizer = make_optimizer(model)
-    os.makedirs(out_dir, exist_ok=True)
-    save_settings(settings)
-    records, profiler = Log(settings), start_profiler()
+    first, state = begin(model, optimizer, provenance(settings, train_data, val_data))
+    records, profiler, stop = Log(settings), start_profiler(), checkpoint.Stop(on)
     print(f"device {on}, {dtype}, residual {residual}, {model.num_params()['total']:,} parameters -> {out_dir}")
     flops_share = mfu_per_token_rate(model, on)
 
-    step_times, skips = [], 0
+    step_times = []
     with profiler:
-        for step in range(max_steps + 1):
-            if step % eval_interval == 0 or step == max_steps:
-                evaluate(model, step, val_data, on, step_times, records)
-            if step == max_steps:
+        for step in range(first, max_steps + 1):
+            stopping, last = stop(), step == max_steps
+            if (step % eval_interval == 0 or last) and state["evaluated"] != step and not stopping:
+                state["val_loss"] = evaluate(model, step, val_data, on, step_times, records)
+                state["evaluated"] = step
+            if (step % checkpoint_interval == 0 or last or stopping) and step > first:
+                save(step, model, optimizer, settings, state, records)
+            if last or stopping:
                 break
             start = time.perf_counter()
             loss = forward_backward(model, train_data, step, on)
             norm, load = optimizer_step(model, optimizer, step)
             step_times.append(time.perf_counter() - start)
             report_step(step + 1, loss, norm, load, step_times, flops_share, records)
-            skips = 0 if math.isfinite(norm) else skips + 1
-            if skips == SKIPS_IN_A_ROW:
-                sys.exit(f"error: {skips} steps in a row were not finite; lower lr, or set grad_clip")
+            state["skips"] = 0 if math.isfinite(norm) else state["skips"] + 1
+            if state["skips"] == SKIPS_IN_A_ROW:
+                sys.exit(f"error: {SKIPS_IN_A_ROW} steps in a row were not finite; lower lr, or set grad_clip")
             if profile:
                 profiler.step()
+    if first >= max_steps:
+        print(f"nothing to do: {out_dir} has {first} of {max_steps} steps; raise max_steps, or --init_from=scratch")
+    elif stopping:
+        print(f"stopped by a signal after step {step}; the same command goes on from there")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except checkpoint.CheckpointError as e:
+        sys.exit(f"error: {e}" if checkpoint.rank() == 0 else 1)
