@@ -142,11 +142,12 @@ class Corpus:
         import torch  # here, because prepare_data.py uses this file's format and does not need torch
 
         T = self.seq_len
-        for i in ids:
+        rows = np.empty((len(ids), T + 1), dtype=np.int64)
+        for row, i in zip(rows, ids, strict=True):
             if not 0 <= i < self.n_sequences:
                 raise IndexError(f"{self.data_dir}: sequence {i} of {self.n_sequences} in split {self.split!r}")
-        rows = np.stack([self.tokens(int(i) * T, int(i) * T + T + 1) for i in ids])  # (k, T + 1)
-        if rows.max() >= self.vocab_size:  # an embedding lookup out of range would be a far worse message
+            row[:] = self.tokens(int(i) * T, int(i) * T + T + 1)
+        if rows.size and rows.max() >= self.vocab_size:  # an embedding lookup out of range gives a far worse message
             raise DataError(f"{self.data_dir}: split {self.split!r} holds token {rows.max()}, but its vocabulary has "
                             f"{self.vocab_size}; a shard was altered: prepare the data again")
         rows = torch.from_numpy(rows)

@@ -191,7 +191,7 @@ class Stream:
                 self.position += len(chunk)
                 yield chunk
         if repeated:
-            raise Retry(f"connection closed {repeated} bytes before the place to continue from")
+            raise Changed(f"the file ends {repeated} bytes before the {self.position} that were had")
 
 
 def short_reason(e):

@@ -101,6 +101,12 @@ def test_changed_file_is_never_spliced(server, tmp_path, etag, ranged):
     assert get(server, tmp_path, **known) == OTHER
 
 
+def test_file_that_became_shorter(server, tmp_path):
+    faults = [broken(100_000), becomes(CONTENT[:50_000], "")]
+    server.add("/f.bin", CONTENT, length="chunked", ranges=False, faults=faults)
+    assert get(server, tmp_path) == CONTENT[:50_000]
+
+
 def test_stall(server, tmp_path, monkeypatch):
     monkeypatch.setattr(dl, "TIMEOUT", 0.3)
     release = threading.Event()
@@ -268,13 +274,14 @@ def test_killed_download_is_continued(server, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
-def test_disk_that_ends_in_the_middle_leaves_nothing(server, tmp_path):
-    """The operating system refuses to let any file grow beyond 100 kB, as a full disk would."""
+@pytest.mark.parametrize("limit", [100_000, len(CONTENT) - 10])  # the second is met by the very last write
+def test_disk_that_ends_in_the_middle_leaves_nothing(server, tmp_path, limit):
+    """The operating system refuses to let any file grow beyond the limit, as a full disk would."""
     import resource
 
     server.add("/f.bin", CONTENT)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(DownloadError, match="cannot be written.*nothing was left behind"):
             download(server.url + "/f.bin", str(tmp_path / "f.bin"))
