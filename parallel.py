@@ -1,0 +1,257 @@
+"""Many processes: DDP, FSDP2 and hybrid sharding, all of them PyTorch's own; the loop in train.py is the same for one.
+
+    python train.py                                                              # one process
+    torchrun --standalone --nproc_per_node=8 train.py --parallel=fsdp            # one node of 8
+    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=$HOST:29500 \\
+        train.py --parallel=fsdp --shard_size=8                                  # 4 nodes; scripts/train.slurm does it
+
+    parallel   parameters, gradients, optimizer state           setting shard_size
+    'none'     whole, one process                               -
+    'ddp'      whole on every process                           -
+    'fsdp'     cut over all processes                           0
+    'fsdp'     cut over shard_size processes, and the groups    a divisor of the number of processes, as a rule those
+               of shard_size are copies of each other (HSDP)    of one node, so that the all-gathers stay inside it
+
+The groups of FSDP2, each gathered whole when it is run and cut again after:
+    every F (an attention, an FFN)   in bf16 when dtype is bfloat16; the shards, gradients and optimizer are fp32
+    the gate of a mixture            fp32: which expert is picked must not hang on bf16 rounding
+    the embedding                    as F
+    the root: all the rest           fp32: phi, alpha, b of the mappings (Eq 10-13: never rounded), norms, final head
+The mappings and norms of all sublayers are gathered together, once a forward, and stay until the end of its backward:
+they are small (60 MB for the 27B model), and recompute.py runs them in the backward without running F. The head is in
+the root because the loss calls it once a chunk, and as a group of its own it would be gathered and reduced each time.
+"""
+
+import math
+import os
+import sys
+import warnings
+from datetime import timedelta
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+PARALLEL = ("none", "ddp", "fsdp")
+
+
+def start(parallel="none", device="cpu", shard_size=0, rank_timeout=600):
+    """This process among all of the run, as torchrun's environment describes them; without torchrun it is alone.
+
+    device: 'cpu' | 'cuda' | 'mps'. rank_timeout: seconds after which a process that does not answer ends the run.
+    Use as `with start(...) as ranks:`. Raises ValueError for a layout that cannot be, naming the rule.
+    """
+    alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    rank, world, local_rank = (int(os.environ.get(name, value)) for name, value in alone.items())
+    check_layout(parallel, world, shard_size)
+    if device == "mps" and parallel != "none":
+        raise ValueError(f"parallel={parallel!r} on device='mps': torch has no communication there; wanted 'none'")
+    if device == "cuda":
+        device = f"cuda:{local_rank}"
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ or parallel == "fsdp":
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        here = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        dist.init_process_group(backend, timeout=timedelta(seconds=rank_timeout), **here)
+    return Ranks(parallel, rank, world, torch.device(device), shard_size, rank_timeout)
+
+
+class Ranks:
+    """The processes of a run, seen from one of them.
+
+    .rank, .world   number of this process, and how many there are
+    .device         the torch.device of this one
+    .is_main        whether this is the one that prints and writes
+    """
+
+    def __init__(self, parallel, rank, world, device, shard_size, rank_timeout):
+        self.parallel, self.rank, self.world, self.device = parallel, rank, world, device
+        self.is_main, self.rank_timeout = rank == 0, rank_timeout
+        self.shard_size = (shard_size or world) if parallel == "fsdp" else 1
+        if parallel == "fsdp":
+            self.mesh = init_device_mesh(device.type, (world,), mesh_dim_names=("shard",))
+            if self.shard_size < world:
+                shape = (world // self.shard_size, self.shard_size)
+                self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+
+    def __str__(self):
+        if self.world == 1:
+            return f"one process, parallel {self.parallel}"
+        how = f"{self.parallel}, {self.world // self.shard_size} copies of {self.shard_size} shards"
+        return (
+            f"{self.world} processes, parallel {how if self.parallel == 'fsdp' else self.parallel}; "
+            f"one that does not answer for rank_timeout={self.rank_timeout} s ends the run"
+        )
+
+    # --- the model ---
+
+    def shard(self, model, dtype="float32"):
+        """FSDP2 over a GPT, in place, still without values (on the meta device, so that it is never whole anywhere).
+        Nothing for the other layouts. dtype: 'bfloat16' gathers the sublayers in bf16."""
+        if self.parallel != "fsdp":
+            return
+        # inputs are not cast: the streams have the right dtype, and positions and angles must keep theirs
+        wide = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+        narrow = wide
+        if dtype == "bfloat16":
+            narrow = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        # FSDP warns that writing into the view which an F returns would cost its hooks: nothing here writes into it
+        warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        put = partial(fully_shard, mesh=self.mesh)
+        put(model.embed_tokens, mp_policy=narrow)
+        for block in model.layers:
+            if hasattr(block.mlp, "gate"):
+                put(block.mlp.gate, mp_policy=wide)
+            put(block.self_attn, mp_policy=narrow)
+            put(block.mlp, mp_policy=narrow)
+        put(model, mp_policy=wide)
+        cut_again_without_backward(model)
+
+    def initialise(self, model, seed=None):
+        """Memory on this process's device for a GPT from the meta device, and its first values if there is a seed.
+
+        Every value is drawn whole on the host, one parameter at a time, and this process keeps its shard: the weights
+        of one process exactly, whatever the layout."""
+        model.to_empty(device=self.device)
+        if seed is not None:
+            model.init_weights(seed, assign)
+
+    def wrap(self, model):
+        """What the loop calls in the model's place: DDP's module; the model itself for the other layouts."""
+        if self.parallel != "ddp" or self.world == 1:
+            return model
+        # buffers are not broadcast: each process counts its own tokens on the experts, and all_sum adds them up
+        ids = [self.device] if self.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+
+    # --- a step ---
+
+    def synchronise(self, net, last, every=False):
+        """Called before each micro-batch's forward. Gradients are exchanged with the last micro-batch alone; until
+        then each process adds up its own, whole. With `every`, FSDP reduces them into shards each time instead: that
+        moves more and keeps only shards, and under HSDP the copies still meet in the last one alone."""
+        if self.parallel == "fsdp":
+            net.set_requires_gradient_sync(last or every)
+            net.set_requires_all_reduce(last)
+            net.set_is_last_backward(last)
+        elif isinstance(net, DistributedDataParallel):
+            net.require_backward_grad_sync = last
+
+    def share(self, ids, micro_batch_size):
+        """This process's part of a batch's sequence numbers: (batch_size,) -> (micro-batches, micro_batch_size).
+        The batch is the same whatever the number of processes; check_batch says what divides evenly."""
+        return ids.reshape(-1, self.world, micro_batch_size)[:, self.rank]
+
+    def all_sum(self, t):
+        """t summed over all processes, in place; returns it."""
+        if self.world > 1:
+            dist.all_reduce(t)
+        return t
+
+    def clip_grad_norm(self, model, max_norm):
+        """Scale the gradients to a norm of at most max_norm; 0: leave them. -> their norm before, over all shards."""
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+    def barrier(self):
+        """Wait for all processes."""
+        if self.world > 1:
+            dist.barrier()
+
+    # --- the end ---
+
+    def stop(self):
+        """Leave together: a process that goes while another still talks to it has been seen to abort the other."""
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def __enter__(self):
+        if self.is_main:
+            print(self)
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        if kind is None or kind is SystemExit and not error.code:
+            self.stop()
+        elif self.world > 1 and is_about_another_process(error):
+            print(
+                f"error: rank {self.rank}: another process is gone, or did not answer within "
+                f"rank_timeout={self.rank_timeout} s: look for its own error, or raise rank_timeout if it was slow",
+                file=sys.stderr,
+            )
+
+
+def is_about_another_process(error):
+    """Whether an exception is a collective's that was let down by another process: gloo has no type of its own."""
+    said = str(error)
+    words = ("Timed out", "timed out", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(w in said for w in words)
+
+
+def assign(p, value):
+    """Put a whole host tensor into parameter p, which may be a DTensor: each process cuts out its own shard."""
+    if isinstance(p, DTensor):
+        # src_data_rank=None: nothing is sent, for every process has drawn the same value
+        value = distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+    p.copy_(value)
+
+
+def cut_again_without_backward(model):
+    """Without a backward nothing would cut the root's parameters again, and until then the model would show whole ones
+    without gradients in place of the shards that the optimizer has."""
+    model.register_forward_hook(lambda model, *_: None if torch.is_grad_enabled() else model.reshard())
+    register_fsdp_forward_method(model, "look")
+    look = model.look
+
+    def look_and_reshard(*args):
+        seen = look(*args)
+        model.reshard()
+        return seen
+
+    model.look = look_and_reshard
+
+
+# -- what cannot be -------------------------------------------------------------------------------------------------
+
+
+def check_layout(parallel, world, shard_size):
+    """Raise ValueError, naming the rule broken, for a layout that cannot be."""
+    if parallel not in PARALLEL:
+        raise ValueError(f"parallel={parallel!r}: wanted one of {', '.join(map(repr, PARALLEL))}")
+    if parallel == "none" and world > 1:
+        raise ValueError(f"parallel='none' in {world} processes: they would all train alone; wanted 'ddp' or 'fsdp'")
+    if shard_size and parallel != "fsdp":
+        raise ValueError(f"shard_size={shard_size} with parallel={parallel!r}: only 'fsdp' shards; wanted 0")
+    if shard_size and world % shard_size:
+        raise ValueError(f"shard_size={shard_size} does not divide the {world} processes; {nearest(shard_size, world)}")
+
+
+def check_batch(batch_size, micro_batch_size, world):
+    """Raise ValueError, with the nearest that are, unless a step is a whole number of micro-batches on each process."""
+    if batch_size % (micro_batch_size * world) == 0:
+        return
+    unit = micro_batch_size * world
+    low = batch_size // unit * unit
+    ways = [f"batch_size={' or '.join(str(b) for b in (low, low + unit) if b)}"]
+    if batch_size % world == 0:
+        ways.append(f"micro_batch_size={nearest_divisor(micro_batch_size, batch_size // world)}")
+    if batch_size % micro_batch_size == 0 and world > 1:
+        ways.append(f"{nearest_divisor(world, batch_size // micro_batch_size)} processes")
+    raise ValueError(
+        f"batch_size={batch_size} is not a multiple of micro_batch_size={micro_batch_size} x {world} process"
+        f"{'es' if world > 1 else ''}; the nearest that fit: {', or '.join(ways)}"
+    )
+
+
+def nearest_divisor(value, of):
+    """The divisor of `of` nearest to value."""
+    return min((d for d in range(1, of + 1) if of % d == 0), key=lambda d: abs(d - value))
+
+
+def nearest(value, of):
+    return f"the nearest that does is {nearest_divisor(value, of)}"
