@@ -29,6 +29,7 @@ Saving is synchronous. DCP's async_save was seen to crash on gloo in one run of 
 """
 
 import base64
+import errno
 import fcntl
 import hashlib
 import json
@@ -560,6 +561,18 @@ class Stop:
         answer = torch.tensor(float(self.asked_at is not None), device=self.device)
         dist.all_reduce(answer, op=dist.ReduceOp.MAX)
         return bool(answer)
+
+
+def run(main):
+    """main(), where a checkpoint that cannot be, or a full disk under any other file, is one line and exit code 1."""
+    try:
+        main()
+    except CheckpointError as e:
+        sys.exit(f"error: {e}" if rank() == 0 else 1)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        sys.exit(f"error: a file could not be written: {reason(e)}; make room, and the same command goes on")
 
 
 # -- command line ---------------------------------------------------------------------------------------------------

@@ -450,7 +450,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except checkpoint.CheckpointError as e:
-        sys.exit(f"error: {e}" if checkpoint.rank() == 0 else 1)
+    checkpoint.run(main)

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import sys
 import time
 from datetime import timedelta
 
@@ -41,3 +42,64 @@ def run_ranks(world, work, *args):
             if process.is_alive():
                 os.kill(process.pid, signal.SIGKILL)
             process.join()
+
+
+class Job:
+    """train.main() with these flags on forked processes, as torchrun would start them; output goes to a file.
+
+    hook(train): called in each process before main, to patch it. Use as a context: no process outlives it.
+    """
+
+    def __init__(self, flags, log, world=1, hook=None):
+        self.log, port = log, free_port()
+        fork = mp.get_context("fork")
+        args = [(flags, log, r, world, port, hook) for r in range(world)]
+        self.processes = [fork.Process(target=train_process, args=a) for a in args]
+        for process in self.processes:
+            process.start()
+
+    def wait(self, timeout=120):
+        """Exit codes by rank; negative: the signal."""
+        end = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+            if process.is_alive():
+                raise TimeoutError(f"process {process.pid} did not end:\n{self.output()}")
+        return [process.exitcode for process in self.processes]
+
+    def output(self):
+        with open(self.log) as f:
+            return f.read()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        for process in self.processes:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def train_process(flags, log, rank, world, port, hook):
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for fd in (1, 2):
+        os.dup2(out, fd)
+    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # pytest has put its own there
+    torch.set_num_threads(1)
+    if world > 1:
+        names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        os.environ.update({k: str(v) for k, v in names.items()})
+    sys.argv = ["train.py", *flags]
+    import checkpoint
+    import train
+
+    if hook:
+        hook(train)
+    checkpoint.run(train.main)
+
+
+def train_in_fork(flags, log, world=1, hook=None):
+    """A whole run -> exit codes by rank, and what it printed."""
+    with Job(flags, log, world, hook) as job:
+        return job.wait(), job.output()
