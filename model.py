@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from mhc_ref import map_dtype
-from sinkhorn_kernel import mhc_coeffs, mhc_post_res, mhc_step
+from sinkhorn_kernel import mhc_coeffs, mhc_post_res, mhc_pre, mhc_step
 
 LOGITS_AT_ONCE = 2**26  # 256 MB in fp32
 
@@ -110,6 +110,7 @@ class HyperConnection(nn.Module):
         super().__init__()
         n = config.n_streams
         self.n, self.live, self.sizes = n, live, (n, n, n * n)
+        self.eps, self.impl = config.norm_eps, config.impl
         self.alpha = nn.Parameter(torch.empty(3))
         self.b = nn.Parameter(torch.empty(n * n + 2 * n))
 
@@ -119,15 +120,12 @@ class HyperConnection(nn.Module):
             return p
         return torch.cat([q if live else q.detach() for q, live in zip(p.split(sizes, -1), self.live, strict=True)], -1)
 
-    def forward(self, x, y, H_post, H_res):
-        x = self.close(x, y, H_post, H_res)
-        H_pre, H_post, H_res = self.maps(x)
-        x_in = (H_pre.unsqueeze(-1) * x).sum(-2).to(x.dtype)  # (B, T, C)
-        return x, x_in, H_post, H_res
-
     def close(self, x, y, H_post, H_res):
         """The update of Eq 3 alone: x_next[i] = sum_j H_res[i, j] x[j] + H_post[i] y."""
-        return x if y is None else mhc_post_res(x, y, H_post, H_res)
+        if y is None:
+            return x
+        with torch.autocast(x.device.type, enabled=False):
+            return mhc_post_res(x, y, H_post, H_res, self.impl)
 
 
 class HC(HyperConnection):
@@ -139,7 +137,6 @@ class HC(HyperConnection):
     def __init__(self, config, live):
         super().__init__(config, live)
         self.theta = nn.Parameter(torch.empty(config.n_embd, config.n_streams + 2))
-        self.eps = config.norm_eps
 
     def maps(self, x):
         """x (..., n, C) -> H_pre (..., n), H_post (..., n), H_res (..., n, n)."""
@@ -155,6 +152,11 @@ class HC(HyperConnection):
             H_res = alpha[2] * dynamic[..., 2:].mT + b_res.view(n, n)  # [i, j] = theta_res[i] . x_norm_j
         return H_pre, H_post, H_res
 
+    def forward(self, x, y, H_post, H_res):
+        x = self.close(x, y, H_post, H_res)
+        H_pre, H_post, H_res = self.maps(x)
+        return x, mhc_pre(x, H_pre), H_post, H_res
+
 
 class MHC(HyperConnection):
     """Manifold-Constrained Hyper-Connections (Eq 7-9): H_res doubly stochastic, H_pre and H_post sigmoids.
@@ -166,7 +168,7 @@ class MHC(HyperConnection):
         super().__init__(config, live)
         n = config.n_streams
         self.phi = nn.Parameter(torch.empty(n * config.n_embd, n * n + 2 * n))
-        self.sinkhorn_iters, self.eps, self.impl = config.sinkhorn_iters, config.norm_eps, config.impl
+        self.sinkhorn_iters = config.sinkhorn_iters
 
     def projection(self):
         """phi, alpha, b with the maps that have no effect cut out."""
@@ -176,13 +178,6 @@ class MHC(HyperConnection):
         """x (..., n, C) -> H_pre (..., n), H_post (..., n), H_res (..., n, n)."""
         with torch.autocast(x.device.type, enabled=False):
             return mhc_coeffs(x, *self.projection(), self.sinkhorn_iters, self.eps)
-
-    def close(self, x, y, H_post, H_res):
-        """The update of Eq 3 alone, by the same implementation as the whole boundary."""
-        if y is None:
-            return x
-        with torch.autocast(x.device.type, enabled=False):
-            return mhc_post_res(x, y, H_post, H_res, self.impl)
 
     def forward(self, x, y, H_post, H_res):
         with torch.autocast(x.device.type, enabled=False):
