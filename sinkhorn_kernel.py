@@ -700,7 +700,7 @@ def sinkhorn(logits, sinkhorn_iters=20, impl="auto"):
     """Eq 9: logits (..., n, n) -> H_res (..., n, n), fp32, rows exact. impl: 'auto', 'ref' or 'triton'."""
     if impl not in ("auto", "ref", "triton"):
         raise ValueError(f"impl={impl!r}: sinkhorn has 'auto', 'ref' and 'triton'")
-    if resolve_impl(impl, logits.device) == "ref":
+    if resolve_impl(impl, logits.device) != "triton":
         return sinkhorn_ref(logits, sinkhorn_iters)
     check_for_triton(logits)
     return sinkhorn_op(logits, sinkhorn_iters)
