@@ -39,6 +39,8 @@ def encode_pair(encoding, context, continuation):
     bare = context.rstrip()
     continuation = context[len(bare) :] + continuation
     whole, head = encoding.encode_ordinary(bare + continuation), encoding.encode_ordinary(bare)
+    if len(whole) <= len(head):
+        raise ValueError(f"the continuation {continuation!r} has no tokens of its own behind {bare[-40:]!r}")
     return head or [encoding.eot_token], whole[len(head) :]
 
 

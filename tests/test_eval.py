@@ -1,0 +1,233 @@
+"""eval.py as a whole: rigged models score 100 % and 0 %, results.json, comparisons, processes, what is missing."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import eval as evaluation
+import eval_report
+from eval_score import Runner
+from eval_tasks import TASKS
+from tests.eval_items import BYTES, FILES, rigged, right_answer, tiny, write_files
+from tests.ranks import run_ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_files(tmp_path_factory.mktemp("eval"))
+
+
+def wrong_answer(name, row, style):
+    if style.choices:
+        return style.choices(row)[TASKS[name].gold(row) - 1]
+    return right_answer(name, row, style).translate(str.maketrans("0123456789ABRST", "1234567890CDXYZ"))
+
+
+def score(folder, name, style, model):
+    s = {"style": style, "shots": TASKS[name].shots, "limit": 0, "eval_dir": folder, "batch_tokens": 20000,
+         "save_predictions": False}  # fmt: skip
+    return evaluation.task_record(Runner(model), BYTES, name, evaluation.read(name, s, {}, model.config), s)
+
+
+@pytest.mark.parametrize("style", ["harness", "deepseek"])
+@pytest.mark.parametrize("name", TASKS)
+def test_a_model_rigged_right_scores_all_and_one_rigged_wrong_nothing(folder, name, style):
+    record = score(folder, name, style, rigged(folder, name, style))
+    first = getattr(TASKS[name], style).metrics[0]
+    if name == "drop":  # one of two spans was named in the last row
+        assert record["scores"] == {"f1": [1.0, 1.0, 0.5], "em": [1.0, 1.0, 0.0]}
+    else:
+        assert record["scores"][first] == [1.0] * record["n"]
+    assert record["partial"] and record["official"] == TASKS[name].sizes[0] and record["truncated"] == 0
+    record = score(folder, name, style, rigged(folder, name, style, wrong_answer))
+    assert record["scores"][first] == [0.0] * record["n"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of two checkpoints each on a corpus of bytes; random weights."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "text.txt").write_text("\n\n".join(f"{i} times {j} is {i * j}." for i in range(30) for j in range(30)))
+    subprocess.run([sys.executable, "prepare_data.py", f"--dataset={root}/text.txt", "--tokenizer=bytes",
+                    f"--data_dir={root}/data", "--val_fraction=0.3"], check=True, capture_output=True)  # fmt: skip
+    for residual, seed in (("baseline", 0), ("mhc", 1)):
+        for step in (10, 20):
+            model = tiny(residual, seed + step, seq_len=256)
+            settings = asdict(model.config) | {"data_dir": f"{root}/data"}
+            checkpoint.save(root / residual, step, model, torch.optim.AdamW(model.parameters()), {}, settings)
+    return root
+
+
+@pytest.fixture
+def command(runs, folder, monkeypatch, capsys):
+    """main() with these arguments -> what it printed; its settings are put back afterwards."""
+    before = {k: v for k, v in vars(evaluation).items() if type(v) in (bool, int, float, str)}
+    monkeypatch.chdir(runs)
+
+    def run(*arguments):
+        vars(evaluation).update(before)
+        monkeypatch.setattr(sys, "argv", ["eval.py", f"--eval_dir={folder}", "--device=cpu", *arguments])
+        evaluation.main()
+        return capsys.readouterr().out
+
+    yield run
+    vars(evaluation).update(before)
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def by_task(found):
+    return {(r["checkpoint"], r["task"]): r for r in found["records"]}
+
+
+def test_everything_on_two_runs(command, runs):
+    said = command("baseline", "mhc", "--resamples=200", "--save_predictions=true", "--out_dir=all")
+    found = results(runs / "all")
+    assert len(found["records"]) == 2 * 9 and set(found["versions"]) >= {"torch", "python", "commit", "numpy"}
+    loss = by_task(found)["mhc/step-00000020", "loss"]
+    assert loss["metrics"]["loss"]["value"] == pytest.approx(np.mean(loss["scores"]["loss"])) and not loss["partial"]
+    ratio = loss["metrics"]["bits_per_byte"]["value"] / loss["metrics"]["loss"]["value"]
+    corpus = json.loads((runs / "data" / "meta.json").read_text())
+    assert ratio == pytest.approx(1 / np.log(2) / corpus["splits"]["val"]["bytes_per_token"])
+    piqa = by_task(found)["mhc/step-00000020", "piqa"]
+    assert [len(p) for p in piqa["predictions"]] == [2] * 4 and piqa["random"]["acc"] == 0.5
+    assert len(piqa["files"]["valid.jsonl"]["sha256"]) == 64 and piqa["files"]["valid.jsonl"]["rows"] == 4
+    for words in ("4 of 1838 (partial)", "78.5  79.9  80.5", "PIQA acc: mhc 20 minus baseline 20", "cut on the left"):
+        assert words in said
+    assert len(found["comparisons"]) == sum(len(r["metrics"]) for r in found["records"]) // 2
+    assert not list((runs / "all").glob("*.tmp"))
+
+
+def test_loss_is_the_models_own(command, runs):
+    command("mhc", "--tasks=loss", "--limit=3", "--out_dir=loss", "--batch_tokens=600")
+    record = results(runs / "loss")["records"][0]
+    model, _ = checkpoint.load_model(str(runs / "mhc"))
+    x, y = evaluation.Corpus(str(runs / "data"), "val", 256).sequences([0, 1, 2])
+    whole = [float(model(a[None], b[None])[1]) for a, b in zip(x, y, strict=True)]
+    assert record["scores"]["loss"] == pytest.approx(whole)
+    assert record["partial"] and record["n"] == 3
+
+
+def test_a_second_call_keeps_what_is_there(command, runs, monkeypatch):
+    command("mhc", "--tasks=piqa,triviaqa", "--out_dir=again")
+    first = results(runs / "again")["records"]
+    monkeypatch.setattr(evaluation, "task_record", lambda *args: pytest.fail("scored again"))
+    assert "kept from" in command("mhc", "--tasks=triviaqa,piqa", "--out_dir=again")
+    assert sorted(map(str, results(runs / "again")["records"])) == sorted(map(str, first))
+    for change in ("--shots=2", "--fresh=True", "--save_predictions=True", "--style=deepseek", "--max_length=99"):
+        with pytest.raises(pytest.fail.Exception, match="scored again"):
+            command("mhc", "--tasks=triviaqa", "--out_dir=again", change)
+    assert results(runs / "again")["records"] == first
+
+
+def test_changed_data_are_scored_again(command, runs, tmp_path, monkeypatch):
+    mine = write_files(tmp_path, {"piqa/valid": FILES["piqa/valid"]})
+    command("mhc", "--tasks=piqa", "--out_dir=changed", f"--eval_dir={mine}")
+    write_files(tmp_path, {"piqa/valid": FILES["piqa/valid"][:3]})
+    said = command("mhc", "--tasks=piqa", "--out_dir=changed", f"--eval_dir={mine}")
+    assert "kept from" not in said and [r["n"] for r in results(runs / "changed")["records"]] == [3]
+
+
+def test_score_against_step(command, runs):
+    said = command("mhc/step-00000020", "mhc/step-00000010", "--tasks=piqa,loss", "--out_dir=steps", "--resamples=50")
+    assert "picture: " in said and "mhc 20 minus mhc 10" in said
+    image = matplotlib.image.imread(runs / "steps" / "score_vs_step.png")
+    assert image.shape[0] > 200 and image[..., :3].std() > 0.05
+
+
+def test_missing_tasks_are_named_and_do_not_stop_others(command, runs, tmp_path, capsys):
+    only = write_files(tmp_path, {"piqa/valid": FILES["piqa/valid"]})
+    said = command("mhc", "--tasks=gsm8k,piqa,mmlu", f"--eval_dir={only}", "--out_dir=missing")
+    assert "python prepare_data.py --dataset=eval --tasks=gsm8k" in said and "missing: mmlu" in said and "PIQA" in said
+    with pytest.raises(SystemExit) as e:
+        command("mhc", "--tasks=gsm8k", f"--eval_dir={only}", "--out_dir=missing")
+    assert e.value.code and "nothing could be scored" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("mhc", "--tasks=piqa,hellaswg"), "unknown task 'hellaswg'"),
+        ((), "no checkpoint given"),
+        (("nowhere",), "nowhere: wanted a run folder"),
+        (("mhc", "--style=openai"), "wanted one of 'harness', 'deepseek'"),
+    ],
+)
+def test_mistakes_are_one_line(command, arguments, message, capsys):
+    with pytest.raises(SystemExit) as e:
+        command(*arguments)
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and message in said and said.count("\n") == 1
+
+
+def test_batch_size_changes_no_prediction(command, runs):
+    command("mhc", "--tasks=all", "--out_dir=one", "--batch_tokens=1", "--save_predictions=True")
+    command("mhc", "--tasks=all", "--out_dir=many", "--batch_tokens=8192", "--save_predictions=True")
+    for a, b in zip(results(runs / "one")["records"], results(runs / "many")["records"], strict=True):
+        for x, y in zip(a.get("predictions", []), b.get("predictions", []), strict=True):
+            assert x == (pytest.approx(y, abs=1e-4) if isinstance(y, list) else y)
+        for metric, scores in b["scores"].items():
+            assert a["scores"][metric] == (pytest.approx(scores, abs=1e-5) if a["task"] == "loss" else scores)
+
+
+def on_a_rank(folder, runs, out):
+    sys.argv = ["eval.py", "mhc", f"--eval_dir={folder}", "--device=cpu", f"--out_dir={out}", "--batch_tokens=3000"]
+    sys.argv += ["--tasks=loss,piqa,mmlu,triviaqa", "--save_predictions=True"]
+    evaluation.start_processes = lambda device: device
+    evaluation.dist.destroy_process_group = lambda: None  # the caller's
+    evaluation.main()
+
+
+def test_two_processes_give_the_same_bits(folder, runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    for world in (1, 2):
+        run_ranks(world, on_a_rank, folder, runs, f"world{world}")
+    one, two = (results(runs / f"world{world}")["records"] for world in (1, 2))
+    drop = ("seconds",)
+    assert [{k: v for k, v in r.items() if k not in drop} for r in one] == [
+        {k: v for k, v in r.items() if k not in drop} for r in two
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def test_standard_error_and_paired_comparison_by_hand():
+    assert eval_report.mean_and_error([0, 1, 1, 0]) == pytest.approx((0.5, (1 / 12) ** 0.5))
+    a, b = [1, 0, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0]
+    got = eval_report.paired(a, b, seed=3, resamples=4000)
+    assert got["difference"] == pytest.approx(1 / 3)
+    assert got["se"] == pytest.approx(np.std([0, 1, 0, 0, 1, 0], ddof=1) / 6**0.5)
+    assert got["low"] == 0.0 and got["high"] == pytest.approx(2 / 3)  # of Binomial(6, 1/3) / 6
+    assert got == eval_report.paired(a, b, seed=3, resamples=4000) != eval_report.paired(a, b, seed=3, resamples=999)
+    with pytest.raises(ValueError, match="the same items: got 6 and 5"):
+        eval_report.paired(a, b[:5])
+
+
+def test_bootstrap_agrees_with_the_normal_interval():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=3000), rng.normal(0.1, 1, size=3000)
+    got = eval_report.paired(a, b, seed=1, resamples=20_000)
+    for key, sign in (("low", -1), ("high", 1)):
+        assert (got[key] - got["difference"]) / got["se"] == pytest.approx(sign * 1.96, abs=0.05)
+
+
+def test_limits_take_every_subject():
+    rows = [{"subject": s, "i": i} for s in "ab" for i in range(3)] + [{"subject": "c", "i": 0}]
+    taken = evaluation.first_rows(rows, "subject", 4)
+    assert [(r["subject"], r["i"]) for r in taken] == [("a", 0), ("a", 1), ("b", 0), ("c", 0)]
+    assert evaluation.first_rows(rows, None, 2) == rows[:2] and evaluation.first_rows(rows, "subject", 0) == rows

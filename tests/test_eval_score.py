@@ -1,0 +1,153 @@
+"""Log-likelihoods and generation against the plain way: one whole sequence at a time, no cache."""
+
+import random
+
+import pytest
+import torch
+
+import eval_score
+from eval_score import Runner, common_prefix, encode_pair, generate, loglikelihoods, plan
+from tests.eval_items import BYTES, tiny
+
+
+def plain_loglikelihood(model, context, continuation, max_length):
+    """By definition, on one sequence, in one forward."""
+    whole = (context + continuation)[-(max_length + 1) :]
+    targets = continuation[-(len(whole) - 1) :]
+    logprobs = model(torch.tensor([whole[:-1]]))[0][0].log_softmax(-1)[-len(targets) :]
+    picked = logprobs.gather(1, torch.tensor(targets).unsqueeze(1)).sum()
+    return float(picked), logprobs.argmax(-1).tolist() == targets
+
+
+def plain_generate(model, prompt, budget, max_length):
+    """Greedy, the whole sequence again for every token."""
+    ids = (BYTES.encode_ordinary(prompt) or [256])[budget - max_length :]
+    start = len(ids)
+    while len(ids) < start + budget:
+        token = int(model(torch.tensor([ids]))[0][0, -1].argmax())
+        if token == 256:
+            break
+        ids = ids + [token]
+    return BYTES.decode_bytes(ids[start:]).decode(errors="replace")
+
+
+def ids(rng, n):
+    return [rng.randrange(256) for _ in range(n)]
+
+
+def items_and_groups(rng):
+    """Questions of 1 to 4 choices behind a common beginning; some too long, some that are one token, a lone one."""
+    few = ids(rng, 40)
+    items = []
+    for _ in range(14):
+        question = few + ids(rng, rng.randint(1, 30))
+        items.append([(question, ids(rng, rng.randint(1, 9))) for _ in range(rng.randint(1, 4))])
+    items.append([(few + [1, 2], [letter]) for letter in (65, 66, 67, 68)])  # one row, four answers
+    items.append([(few * 3, [5, 6]), (few * 3, [5, 6, 7])])  # cut on the left, each by its own length
+    items.append([([7], ids(rng, 150))])  # longer than the model's context: its last tokens are scored
+    items.append([([256], [9]), ([256], [9, 9])])  # nothing that could be shared
+    groups = [i % 2 for i in range(len(items))]
+    return items, groups
+
+
+@pytest.mark.parametrize("residual", ["baseline", "hc", "mhc"])
+def test_loglikelihoods_are_those_of_whole_sequences(residual):
+    model, rng = tiny(residual, seq_len=100), random.Random(0)
+    items, groups = items_and_groups(rng)
+    plain = [[plain_loglikelihood(model, *pair, 100) for pair in item] for item in items]
+    for batch_tokens, share in ((1, True), (900, True), (10**6, True), (900, False)):
+        got = loglikelihoods(Runner(model), items, groups, batch_tokens, share)
+        for item, wanted in zip(got, plain, strict=True):
+            assert [lp for lp, _ in item] == pytest.approx([lp for lp, _ in wanted], abs=1e-4)
+            assert [g for _, g in item] == [g for _, g in wanted]
+
+
+def test_greedy_is_seen():
+    model, context = tiny(), BYTES.encode_ordinary("abc")
+    best = int(model(torch.tensor([context]))[0][0, -1].argmax())
+    then = int(model(torch.tensor([context + [best]]))[0][0, -1].argmax())
+    choices = [[best], [best, then], [best, then ^ 1], [best ^ 1, then]]
+    got = loglikelihoods(Runner(model), [[(context, choice) for choice in choices]])
+    assert [greedy for _, greedy in got[0]] == [True, True, False, False]
+
+
+def test_sharing_runs_far_fewer_tokens():
+    """What makes it fast, counted: the common beginning once, each question once, each choice's own tokens."""
+    model, rng = tiny(), random.Random(0)
+    few = ids(rng, 300)
+    items = [[(few + q, ids(rng, 5)) for _ in range(4)] for q in (ids(rng, 20) for _ in range(6))]
+    ran = []
+    hidden = model.hidden
+    model.hidden = lambda idx, cache=None: ran.append(idx.numel()) or hidden(idx, cache)
+    loglikelihoods(Runner(model), items, share=True)
+    shared, ran[:] = sum(ran), []
+    loglikelihoods(Runner(model), items, share=False)
+    # a question's last token is run with each of its choices, which need the prediction that it makes
+    assert shared == 300 + 6 * 19 + 24 * 5 and sum(ran) == 24 * 324
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 400, 10**6])
+def test_generation_is_that_of_whole_sequences(batch_tokens):
+    model, rng = tiny(seq_len=120), random.Random(3)
+    begin = "what all prompts have in common; "
+    prompts = [begin + "".join(rng.choice("abc ") for _ in range(rng.randint(0, 25))) for _ in range(9)]
+    prompts += ["", "x" * 200, "ö"]
+    wanted = [plain_generate(model, p, 12, 120) for p in prompts]
+    assert len(set(wanted)) > 6  # they do differ
+    assert generate(Runner(model), BYTES, prompts, None, (), 12, batch_tokens) == wanted
+    stop = wanted[0][4]
+    got = generate(Runner(model), BYTES, prompts, None, ("never there", stop), 12, batch_tokens)
+    assert got == [text.split(stop)[0] for text in wanted]
+
+
+def test_generation_ends_at_endoftext_and_never_leaves_the_tokenizer():
+    model = tiny(vocab_size=300)  # padded: ids 257 .. 299 are no tokens
+    model.lm_head = torch.nn.Linear(32, 300).requires_grad_(False)
+    model.lm_head.weight.zero_()
+    model.lm_head.bias.zero_()
+    model.lm_head.bias[97], model.lm_head.bias[299] = 5.0, 9.0
+    assert generate(Runner(model), BYTES, ["abc"], None, (), 7) == ["a" * 7]
+    model.lm_head.bias[256] = 6.0
+    assert generate(Runner(model), BYTES, ["abc"], None, (), 7) == [""]
+
+
+def test_budget_is_at_most_half_of_the_context():
+    model = tiny(seq_len=20)
+    model.lm_head = torch.nn.Linear(32, 257).requires_grad_(False)
+    model.lm_head.weight.zero_()
+    model.lm_head.bias.copy_(torch.arange(257) == 97)
+    assert generate(Runner(model), BYTES, ["b" * 50, "b"], None, (), 256) == ["a" * 10] * 2
+    assert generate(Runner(model), BYTES, ["b" * 50, "b"], None, (), 4) == ["a" * 4] * 2
+
+
+def test_encoding_of_pairs():
+    assert encode_pair(BYTES, "ab ", "cd") == ([97, 98], [32, 99, 100])  # the space belongs to the continuation
+    assert encode_pair(BYTES, "", "x") == ([256], [120])
+    with pytest.raises(ValueError, match="no tokens"):
+        encode_pair(BYTES, "ab", "")
+
+
+def test_common_prefix():
+    assert common_prefix([[1, 2, 3], [1, 2], [1, 2, 4]]) == 2
+    assert common_prefix([[1], [2]]) == 0 and common_prefix([[1, 2]]) == 2 and common_prefix([[], [1]]) == 0
+
+
+def test_plan_covers_every_item_once_within_the_limit():
+    rng = random.Random(5)
+    lengths, sizes = [rng.randint(1, 50) for _ in range(40)], [rng.randint(1, 4) for _ in range(40)]
+    groups = [rng.choice("ab") for _ in range(40)]
+    batches = plan(lengths, sizes, [[7] * 20 + [i] for i in range(40)], groups, 120)
+    assert sorted(i for b in batches for i in b.items) == list(range(40))
+    for b in batches:
+        tokens = max(lengths[i] for i in b.items) * sum(sizes[i] for i in b.items)
+        assert (tokens <= 120 or len(b.items) == 1) and len({groups[i] for i in b.items}) == 1
+        assert b.prefix == [7] * 20
+    assert len(batches) < 40
+
+
+def test_max_logits_does_not_change_anything(monkeypatch):
+    model, (items, groups) = tiny(seq_len=100), items_and_groups(random.Random(2))
+    whole = loglikelihoods(Runner(model), items, groups)
+    monkeypatch.setattr(eval_score, "MAX_LOGITS", 257 * 3)
+    pieces = loglikelihoods(Runner(model), items, groups)
+    assert [lp for i in pieces for lp, _ in i] == pytest.approx([lp for i in whole for lp, _ in i], abs=1e-5)
