@@ -12,7 +12,10 @@ import statistics
 import sys
 import time
 
-from configurator import at_least, configure
+import torch
+
+from configurator import at_least, configure, fail
+from model import GPT, MLA, GPTConfig, MoE, RMSNorm, make_residual, rope_angles
 
 # bench.py cpu
 widths = "512,1280"  # widths C to time: 512 (small MoE) and 1280 (the 3B config's block)
@@ -45,9 +48,164 @@ def spread(values):
     return (high - low) / 2
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# bench.py cpu: one block in the middle of a model, MLA and MoE, with every kind of residual connection around the same
+# two sublayers (the same weights: the kinds differ in nothing else). The block is timed as the middle of a deep model
+# sees it: two boundaries, from the streams x and the output y of the sublayer before it to its own x and y, forward,
+# and backward from a gradient of each.
+
+SHAPES = {  # what depends on the width; 1280 is the 3B model of Table 5
+    512: dict(n_head=8, n_routed_experts=16, moe_intermediate_size=352),
+    1280: dict(n_head=16, n_routed_experts=64, moe_intermediate_size=896),
+}
+MIDDLE = 1  # the block that is timed, of three: first and last have maps without effect
+
+
+def block_config(C, residual, impl="auto"):
+    return GPTConfig(
+        vocab_size=2, seq_len=seq_len, n_layer=3, n_embd=C, first_k_dense_replace=0, num_experts_per_tok=6,
+        n_shared_experts=2, kv_lora_rank=512, residual=residual, impl=impl, **SHAPES[C],
+    )  # fmt: skip
+
+
+def block_parts(config, make):
+    """The parts of the middle block that `make()` builds, with the values the model's own initialisation gives them.
+
+    make(): {name inside the block: module}. Nothing else of the model takes memory.
+    """
+    with torch.device("meta"):
+        gpt = GPT(config)
+    parts = make()
+    for part, module in parts.items():
+        for name, p in module.named_parameters():
+            p.data.copy_(gpt.initial_value(f"layers.{MIDDLE}.{part}.{name}", p.shape, seed))
+    return list(parts.values())
+
+
+def block_sublayers(C):
+    """The two pairs (norm, F) that all variants share."""
+    config = block_config(C, "baseline")
+    attn_norm, attn, mlp_norm, mlp = block_parts(config, lambda: {
+        "input_layernorm": RMSNorm(C, config.norm_eps), "self_attn": MLA(config),
+        "post_attention_layernorm": RMSNorm(C, config.norm_eps), "mlp": MoE(config),
+    })  # fmt: skip
+    rope = rope_angles(torch.arange(seq_len).unsqueeze(0), config.qk_rope_head_dim, config.rope_theta)
+    return [(attn_norm, lambda x: attn(x, rope)), (mlp_norm, mlp)], [attn_norm, attn, mlp_norm, mlp]
+
+
+def make_variant(C, residual, impl, sublayers):
+    """-> (forward, leaves, modules): forward(*leaves) runs the block; the modules' gradients are computed too."""
+    config = block_config(C, residual, impl)
+    residuals = block_parts(config, lambda: {
+        "attn_residual": make_residual(config, 2 * MIDDLE), "mlp_residual": make_residual(config, 2 * MIDDLE + 1)
+    })  # fmt: skip
+    B, n = tokens // seq_len, config.n_streams
+    leaves = [torch.randn(B, seq_len, n, C), torch.randn(B, seq_len, C)]
+    if residual != "baseline":
+        leaves += [2 * torch.rand(B, seq_len, n), torch.randn(B, seq_len, n, n).softmax(-1)]
+
+    def forward(x, y, H_post=None, H_res=None):
+        for connection, (norm, f) in zip(residuals, sublayers, strict=True):
+            x, x_in, H_post, H_res = connection(x, y, H_post, H_res)
+            y = f(norm(x_in))
+        return [v for v in (x, y, H_post, H_res) if v is not None]
+
+    return forward, leaves, residuals
+
+
+def make_package_variant(C, sublayers):
+    """The hyper-connections package's mHC around the same sublayers, or None when it is not installed."""
+    try:
+        from hyper_connections import mHC
+    except ModuleNotFoundError:
+        return None
+    connections = [mHC(4, dim=C, layer_index=s, sinkhorn_iters=20) for s in (2 * MIDDLE, 2 * MIDDLE + 1)]
+
+    def forward(x):
+        for connection, (norm, f) in zip(connections, sublayers, strict=True):
+            x_in, add = connection(x)
+            x = add(f(norm(x_in)))
+        return [x]
+
+    return forward, [torch.randn(tokens // seq_len * 4, seq_len, C)], connections  # streams inside the batch
+
+
+def forward_backward(variant, shared):
+    """A function that runs a variant forward and backward once, gradients of all parameters and inputs included."""
+    forward, leaves, modules = variant
+    leaves = [v.requires_grad_() for v in leaves]
+    parameters = [p for module in (*modules, *shared) for p in module.parameters()]
+    with torch.no_grad():
+        gradients = [torch.randn_like(v) for v in forward(*leaves)]
+
+    def step():
+        for v in (*leaves, *parameters):
+            v.grad = None
+        torch.autograd.backward(forward(*leaves), gradients)
+
+    return step
+
+
+def cpu_variants(C):
+    """{name: forward-and-backward function}, baseline first; and {name: seconds of compilation}."""
+    sublayers, shared = block_sublayers(C)
+    made = {"baseline": make_variant(C, "baseline", "auto", sublayers), "HC": make_variant(C, "hc", "auto", sublayers)}
+    for impl in ("ref", "eager", "compiled"):
+        made[f"mHC {impl}"] = make_variant(C, "mhc", impl, sublayers)
+    made["mHC hyper-connections"] = make_package_variant(C, sublayers)
+    if made["mHC hyper-connections"] is None:
+        print("the package hyper-connections is not installed: not timed (pip install hyper-connections)")
+    variants, compilation = {}, {}
+    for name, variant in made.items():
+        if variant is not None:
+            start = time.perf_counter()
+            variants[name] = forward_backward(variant, shared)
+            variants[name]()
+            first = time.perf_counter() - start
+            if name == "mHC compiled":
+                compilation[name] = first
+    return variants, compilation
+
+
+def print_cpu_table(C, seconds, compilation):
+    base = seconds["baseline"]
+    print(f"\nC = {C}, n = 4, {tokens} tokens of {seq_len} a sequence, fp32, {torch.get_num_threads()} threads")
+    print("one block (MLA + MoE), forward + backward; medians of", rounds, "rounds in turn, +- half the quartile range")
+    print(f"{'':24} {'ms':>8} {'+-':>6} {'added to baseline':>19} {'+-':>6}")
+    for name, values in seconds.items():
+        added = [100 * (v / b - 1) for v, b in zip(values, base, strict=True)]  # within a round: drift cancels
+        line = f"{name:24} {1e3 * statistics.median(values):8.1f} {1e3 * spread(values):6.1f}"
+        if name != "baseline":
+            line += f" {statistics.median(added):17.1f} % {spread(added):6.1f}"
+        if name in compilation:
+            line += f"   first call {compilation[name]:.0f} s, nearly all compilation, no cache"
+        print(line)
+
+
 def cpu():
     """What HC and mHC add to one transformer block, forward and backward, on this CPU."""
-    raise SystemExit("bench.py cpu: the model to time is not written yet")
+    if tokens % seq_len:
+        fail(f"tokens={tokens}: wanted a multiple of seq_len={seq_len}")
+    if unknown := set(widths.split(",")) - set(map(str, SHAPES)):
+        fail(f"widths={widths!r}: {', '.join(unknown)} has no block; wanted some of {', '.join(map(str, SHAPES))}")
+    torch.set_num_threads(threads or torch.get_num_threads())
+    torch.manual_seed(seed)
+    for C in map(int, widths.split(",")):
+        with torch._inductor.config.patch(force_disable_caches=True):  # compile time as a first user sees it
+            variants, compilation = cpu_variants(C)
+        if not profile:
+            print_cpu_table(C, time_in_turn(variants, rounds), compilation)
+        for name, step in variants.items() if profile else ():
+            print_profile(f"C = {C}, {name}", step)
+
+
+def print_profile(title, step):
+    """torch.profiler's table of one call of step."""
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as p:
+        step()
+    print(f"\n{title}")
+    print(p.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=50))
 
 
 COMMANDS = {f.__name__: f for f in (cpu,)}

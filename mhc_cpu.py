@@ -1,26 +1,33 @@
-"""mHC on a CPU: the boundary between two sublayers with a hand-written backward ('eager') and compiled ('compiled').
+"""mHC on a CPU: the boundary between two sublayers with a hand-written backward, as it stands or through torch.compile.
 
-    x_next, x_in, H_post, H_res = mhc_step(x, y, H_post, H_res, phi, alpha, b)    # signatures as in mhc_ref.py
-    x_next = mhc_post_res(x, y, H_post, H_res)                                    # after the last sublayer
+    x_next, x_in, H_post, H_res = mhc_step(x, y, H_post, H_res, phi, alpha, b)    # impl='eager'
+    x_next, x_in, H_post, H_res = mhc_step_compiled(...)                          # impl='compiled': needs g++
+    x_next = mhc_post_res(x, y, H_post, H_res)                                    # after the last sublayer; _compiled
 
-The twins in mhc_ref.py are the mathematics; this file is the same mathematics arranged for a memory hierarchy. Nothing
-here is specific to a CPU but the size of a tile: any device that PyTorch knows runs it.
-
-What makes it fast (the arithmetic is nothing, moving the nC numbers of every token is everything):
+The twins in mhc_ref.py are the mathematics and document arguments and results; this file is the same mathematics
+arranged for a memory hierarchy. Nothing in it but the size of a tile is special to a CPU: any device PyTorch knows runs
+it. The arithmetic is nothing, moving the nC numbers of every token is everything. So:
 - One autograd function a boundary. Autograd over the twin keeps and sums (T, n, n, C) products and adds three
-  gradients of x_next, each in memory; here the backward is written out, and each of its sums is made where it is read.
-- Tiles. All steps of a pass run over a block of tokens that stays in cache before the next block is loaded, and scratch
-  memory is a tile, not a tensor (fresh pages of memory cost as much as the arithmetic).
-- H_res x is a batched product of n x n by n x C: with C inside, the library's kernel runs at the speed of memory.
-- Sinkhorn lies as (n, n, T): tokens innermost, so that every step is a vector operation over tokens. T_c and T_r on
-  log M are log_softmax over one of the outer dimensions: one operation each, and its backward another.
+  gradients of x_next, each in memory; here the backward is written out, and every sum is made where its terms are read.
+- Sinkhorn lies as (n, n, T), tokens innermost: each half step is one vector operation over tokens. T_c and T_r on log M
+  are log_softmax over an outer dimension, and so is their backward an operation that PyTorch has.
+- 'eager' works in tiles: all steps of a pass run over a block of tokens that stays in cache, and scratch memory is a
+  tile, not a tensor (fresh pages of memory cost as much as the arithmetic). H_res x is a batched product of n x n by
+  n x C: with C inside, the library's kernel runs at the speed of memory.
+- 'compiled' writes every stream as a (T, C) tensor of its own. Then all that happens to C has one and the same loop,
+  over tokens and C, and the compiler fuses it: one loop before the projection and one after it, forward and backward.
+  As (T, n, n, C) products the same lines become five loops, each of which fetches the streams again.
 
-Saved for backward: x, y, H_post, H_res, x_next (the same tensor that is the next boundary's x, so it costs nothing), the
-projections of Eq 14 and r. Not saved: any state of Sinkhorn. Its backward replays all iterations; from the final matrix
-alone it would be wrong (a relative error above 1 at logits of std 6).
+Saved for backward: x, y, H_post, H_res, x_next (the same tensor that is the next boundary's x, so it costs nothing),
+the projections of Eq 14, and r. Not saved: any state of Sinkhorn. Its backward replays all iterations; from the final
+matrix alone it would be wrong (a relative error above 1 at logits of std 6).
 
 Letters: T tokens (all leading dimensions as one), n streams, C width, K = n^2+2n logits; g_* the gradient of *.
 """
+
+import functools
+import os
+import shutil
 
 import torch
 from torch.autograd import Function
@@ -32,24 +39,17 @@ TILE_BYTES = 8 << 20  # of x in a tile: smaller ones pay more for starting opera
 log_softmax_backward = torch.ops.aten._log_softmax_backward_data.default
 
 
-def tiles(x, dtype):
-    """Slices of the T tokens of x (T, n, C), each about TILE_BYTES of x in `dtype`, the dtype of the arithmetic."""
-    T, n, C = x.shape
-    step = max(1, TILE_BYTES // (n * C * dtype.itemsize))
-    return [slice(s, min(s + step, T)) for s in range(0, T, step)]
-
-
 def column(v):
-    """(T, n) -> (T, n, 1), to multiply streams of width C."""
+    """(T, n) -> (T, n, 1) or (T,) -> (T, 1), to multiply rows of width C."""
     return v.unsqueeze(-1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the mappings: everything about n^2+2n numbers a token, nothing about C
+# The mappings: everything about n^2+2n numbers a token, nothing about C. Tokens innermost: (K, T).
 
 
 def sinkhorn_log(logits, sinkhorn_iters):
-    """Eq 9 in the log domain, tokens innermost: logits (n, n, T) -> log M after each half step, 2 sinkhorn_iters + 1."""
+    """Eq 9 in the log domain: logits (n, n, T) -> all 2 sinkhorn_iters + 1 states of log M."""
     history = [logits]
     for _ in range(sinkhorn_iters):
         history.append(history[-1].log_softmax(0))  # T_c: log M - logsumexp over rows: columns sum to 1
@@ -66,34 +66,56 @@ def sinkhorn_log_backward(g_H, logits, sinkhorn_iters):
     return g
 
 
-def scales(alpha, n):
-    """alpha (3,) -> one factor a logit, (K,): pre | post | res."""
-    return torch.cat([alpha[0].expand(n), alpha[1].expand(n), alpha[2].expand(n * n)])
+def logits_of(proj, r, alpha, b, n):
+    """Eq 16: proj (K, T), r (T,) -> logits (K, T); with the factor alpha of each logit (K, 1), and proj / r."""
+    scale = column(torch.cat([alpha[0].expand(n), alpha[1].expand(n), alpha[2].expand(n * n)]))
+    unit = proj / r
+    return scale * unit + column(b), scale, unit
 
 
 def mappings(logits, n, sinkhorn_iters):
-    """Eq 17-19: logits (T, K) -> H_post (T, n), H_res (T, n, n). H_pre is made in the tiles that use it."""
-    log_M = logits[:, 2 * n :].t().contiguous().unflatten(0, (n, n))  # (n, n, T)
-    for _ in range(sinkhorn_iters):  # as in sinkhorn_log, without the history
+    """Eq 18, 19: logits (K, T) -> H_post (T, n), H_res (T, n, n). H_pre is made where it is used."""
+    log_M = logits[2 * n :].unflatten(0, (n, n))  # (n, n, T)
+    for _ in range(sinkhorn_iters):  # as in sinkhorn_log, without a history
         log_M = log_M.log_softmax(0).log_softmax(1)
-    return 2 * logits[:, n : 2 * n].sigmoid(), log_M.exp_().permute(2, 0, 1).contiguous()
+    return (2 * logits[n : 2 * n].sigmoid()).t().contiguous(), log_M.exp().permute(2, 0, 1).contiguous()
 
 
-def mappings_backward(g_pre, g_post, g_res, logits, n, sinkhorn_iters):
-    """Gradients of H_pre (T, n), H_post (T, n) or None, H_res (T, n, n) or None -> gradient of the logits (T, K)."""
-    g = torch.zeros_like(logits)
-    H_pre, half_post = logits[:, :n].sigmoid(), logits[:, n : 2 * n].sigmoid()
-    g[:, :n] = g_pre * H_pre * (1 - H_pre)
-    if g_post is not None:
-        g[:, n : 2 * n] = g_post * 2 * half_post * (1 - half_post)
-    if g_res is not None:
-        res, g_res = (v.movedim(0, -1).contiguous() for v in (logits[:, 2 * n :].unflatten(1, (n, n)), g_res))
-        g[:, 2 * n :] = sinkhorn_log_backward(g_res, res, sinkhorn_iters).flatten(0, 1).t()
-    return g
+def mappings_backward(g_pre, g_post, g_res, proj, r, alpha, b, n, sinkhorn_iters):
+    """From the gradients of H_pre (n, T), H_post (T, n) and H_res (T, n, n), the last two perhaps None:
+
+    -> gradients of proj (K, T), of r^2 / 2 (T,), of alpha (3,), of b (K,); and H_pre (n, T), made again.
+    """
+    logits, scale, unit = logits_of(proj, r, alpha, b, n)
+    pre, half_post = logits[:n].sigmoid(), logits[n : 2 * n].sigmoid()
+    g_pre = g_pre * pre * (1 - pre)
+    g_post = torch.zeros_like(pre) if g_post is None else g_post.t() * 2 * half_post * (1 - half_post)
+    if g_res is None:
+        g_res = torch.zeros_like(logits[2 * n :])
+    else:
+        res, g_res = logits[2 * n :].unflatten(0, (n, n)), g_res.permute(1, 2, 0).contiguous()  # (n, n, T)
+        g_res = sinkhorn_log_backward(g_res, res, sinkhorn_iters).flatten(0, 1)
+    g = torch.cat([g_pre, g_post, g_res])  # of the logits (K, T)
+    g_unit = g * unit
+    g_alpha = torch.stack([part.sum() for part in g_unit.split([n, n, n * n])])
+    g_half_square = -(g_unit * scale).sum(0) / r.square()  # r divides every logit; d(r^2 / 2) = r dr
+    return g * (scale / r), g_half_square, g_alpha, g.sum(1), pre
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# the streams: one tile of tokens at a time, everything already in the arithmetic's dtype
+# impl='eager'. A tile's tensors are cut to size and cast to the arithmetic's dtype before they come here.
+
+
+def tiles(x, dtype):
+    """Slices of the T tokens of x (T, n, C), each about TILE_BYTES of x in dtype, that of the arithmetic."""
+    T, n, C = x.shape
+    step = max(1, TILE_BYTES // (n * C * dtype.itemsize))
+    return [slice(s, min(s + step, T)) for s in range(0, T, step)]
+
+
+def cut(s, dtype, *tensors):
+    """The tokens s of each tensor, in dtype."""
+    return [v[s].to(dtype) for v in tensors]
 
 
 def bmm_into(out, a, b):
@@ -116,13 +138,8 @@ def post_res_tile_backward(g, x, y, H_post, H_res, g_x, g_y, g_H_post, g_H_res):
     """Eq 3 backward on a tile: from g, the gradient of x_next, fill the last four."""
     bmm_into(g_x, H_res.mT, g)
     bmm_into(g_y.unsqueeze(1), H_post.unsqueeze(1), g)
-    bmm_into(g_H_post.unsqueeze(-1), g, column(y))
+    bmm_into(column(g_H_post), g, column(y))
     bmm_into(g_H_res, g, x.mT)
-
-
-def cut(s, dtype, *tensors):
-    """The tokens s of each tensor, in dtype."""
-    return [v[s].to(dtype) for v in tensors]
 
 
 class PostRes(Function):
@@ -153,88 +170,216 @@ class Step(Function):
 
     @staticmethod
     def forward(ctx, x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps):
-        T, n, C = x.shape
-        dtype, K = map_dtype(x), n * n + 2 * n
-        x_next = x if y is None else torch.empty_like(x)
-        x_in, phi_ = x.new_empty(T, C), phi.to(dtype)
-        proj, r = x.new_empty(T, K, dtype=dtype), x.new_empty(T, 1, dtype=dtype)
-        scale, b_ = scales(alpha.to(dtype), n), b.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            for s in tiles(x, dtype):
-                if y is not None:
-                    post_res_tile(*cut(s, dtype, x, y, H_post, H_res), out=x_next[s])
-                xs = x_next[s].to(dtype)  # as rounded: what any replay from the stored x_next sees
-                v = xs.flatten(1)  # (T, nC)
-                torch.mm(v, phi_, out=proj[s])  # Eq 14
-                r[s] = (torch.linalg.vector_norm(v, dim=1, keepdim=True).square() / (n * C) + eps).sqrt()  # Eq 15
-                H_pre = (scale[:n] / r[s] * proj[s, :n] + b_[:n]).sigmoid()  # Eq 16, 17
-                bmm_into(x_in[s].unsqueeze(1), H_pre.unsqueeze(1), xs)
-            H_post_next, H_res_next = mappings(scale / r * proj + b_, n, sinkhorn_iters)
+            x_next, x_in, *maps, proj, r = Step.pass_over(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps)
         ctx.save_for_backward(x, y, H_post, H_res, phi, alpha, b, x_next, proj, r)
         ctx.sinkhorn_iters = sinkhorn_iters
         ctx.set_materialize_grads(False)  # outputs nobody used have no gradient, and cost nothing
-        return x_next, x_in, H_post_next, H_res_next
+        return x_next, x_in, *maps
+
+    @staticmethod
+    def pass_over(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps):
+        """The forward: -> x_next (T, n, C), x_in (T, C), H_post (T, n), H_res (T, n, n), proj (K, T), r (T,)."""
+        T, n, C = x.shape
+        dtype = map_dtype(x)
+        phi, alpha, b = phi.to(dtype), alpha.to(dtype), b.to(dtype)
+        x_next = x if y is None else torch.empty_like(x)
+        x_in, proj, r = x.new_empty(T, C), x.new_empty(T, len(b), dtype=dtype), x.new_empty(T, dtype=dtype)
+        for s in tiles(x, dtype):
+            if y is not None:
+                post_res_tile(*cut(s, dtype, x, y, H_post, H_res), out=x_next[s])
+            streams = x_next[s].to(dtype)  # as rounded: what a replay from the stored x_next sees
+            v = streams.flatten(1)  # (T, nC)
+            torch.mm(v, phi, out=proj[s])  # Eq 14
+            r[s] = (torch.linalg.vector_norm(v, dim=1).square() / (n * C) + eps).sqrt()  # Eq 15
+            H_pre = (alpha[0] * (proj[s, :n] / column(r[s])) + b[:n]).sigmoid()  # Eq 16, 17
+            bmm_into(x_in[s].unsqueeze(1), H_pre.unsqueeze(1), streams)
+        proj = proj.t().contiguous()  # (K, T)
+        return x_next, x_in, *mappings(logits_of(proj, r, alpha, b, n)[0], n, sinkhorn_iters), proj, r
 
     @staticmethod
     @once_differentiable
     def backward(ctx, g_next, g_in, g_post, g_res):
         x, y, H_post, H_res, phi, alpha, b, x_next, proj, r = ctx.saved_tensors
         T, n, C = x.shape
-        dtype, phi_ = map_dtype(x), phi.to(map_dtype(x))
+        dtype = map_dtype(x)
         grads = [torch.empty_like(v) for v in ((x,) if y is None else (x, y, H_post, H_res))]
-        g_phi = phi_.new_zeros(phi.shape[::-1])  # transposed: the product that makes it is faster this way round
         with torch.autocast(x.device.type, enabled=False):
             g_pre = x.new_zeros(T, n, 1, dtype=dtype)
             for s in tiles(x, dtype) if g_in is not None else ():
                 torch.bmm(*cut(s, dtype, x_next), column(g_in[s].to(dtype)), out=g_pre[s])
-            g_proj, g_norm, g_alpha, g_b, H_pre = Step.logits_backward(
-                (g_pre.squeeze(-1), g_post, g_res), proj, r, alpha.to(dtype), b.to(dtype), n, ctx.sinkhorn_iters
+            g_proj, g_half_square, g_alpha, g_b, H_pre = mappings_backward(
+                g_pre.squeeze(-1).t(), g_post, g_res, proj, r, alpha.to(dtype), b.to(dtype), n, ctx.sinkhorn_iters
             )
-            g_norm = g_norm / (n * C)
+            g_norm, phi_t = g_half_square / (n * C), phi.to(dtype).t()
+            g_phi = torch.zeros_like(phi_t, memory_format=torch.contiguous_format)  # (K, nC): faster this way round
             for s in tiles(x, dtype):
                 v = x_next[s].to(dtype).flatten(1)  # (T, nC)
-                g_phi.addmm_(g_proj[s].t(), v)  # tile after tile: a fixed order
-                g = g_norm[s] * v if g_next is None else torch.addcmul(g_next[s].to(dtype).flatten(1), g_norm[s], v)
-                g = g.addmm_(g_proj[s], phi_.t()).unflatten(1, (n, C))  # gradient of x_next, through Eq 14 and 15
+                g_phi.addmm_(g_proj[:, s], v)  # tile after tile: a fixed order
+                g = column(g_norm[s]) * v  # the gradient of x_next: through Eq 15,
+                if g_next is not None:
+                    g += g_next[s].flatten(1)  # from the boundary after the next sublayer,
+                g = g.addmm_(g_proj[:, s].t(), phi_t).unflatten(1, (n, C))  # through Eq 14,
                 if g_in is not None:
-                    g.addcmul_(column(H_pre[s]), g_in[s].to(dtype).unsqueeze(1))  # and through x_in
+                    g.addcmul_(column(H_pre[:, s].t()), g_in[s].to(dtype).unsqueeze(1))  # and through x_in
                 if y is None:
                     grads[0][s] = g
-                else:  # rounded here: a boundary gives the same bits as its two halves (recompute.py)
-                    g = g.to(x.dtype).to(dtype)
+                else:
                     post_res_tile_backward(g, *cut(s, dtype, x, y, H_post, H_res), *(v[s] for v in grads))
         grads += [None] * (4 - len(grads))
         return *grads, g_phi.t().to(phi.dtype), g_alpha.to(alpha.dtype), g_b.to(b.dtype), None, None
 
+
+# ----------------------------------------------------------------------------------------------------------------------
+# impl='compiled': the same two passes without tiles, one tensor a stream
+
+
+@functools.cache
+def compiled(function):
+    """torch.compile(function): it compiles at the first call for each n, C, dtype and form, at the second T for any T.
+
+    Raises RuntimeError when there is no C++ compiler.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if not shutil.which(compiler):
+        raise RuntimeError(f"impl='compiled' wants a C++ compiler, {compiler!r} is not on the PATH: install g++, "
+                           "name another in the variable CXX, or take impl='eager', which needs none")  # fmt: skip
+    # without these limits n = 4 is cut into several loops, each of which would fetch all streams from memory again
+    options = {"max_fusion_size": 1024, "cpp.max_horizontal_fusion_size": 1024}
+    return torch.compile(function, fullgraph=True, options=options)
+
+
+def mix(H, streams):
+    """H (T, n), a list of n streams (T, C) -> sum_j H[j] streams[j]  (T, C)."""
+    return sum(column(H[:, j]) * stream for j, stream in enumerate(streams))
+
+
+def split(x):
+    """x (T, n, C) -> its n streams (T, C) in the arithmetic's dtype."""
+    return [stream.to(map_dtype(x)) for stream in x.unbind(1)]
+
+
+def post_res_whole(x, y, H_post, H_res):
+    """Eq 3: -> x_next (T, n, C)."""
+    xs, n = split(x), x.shape[1]
+    return torch.stack([(mix(H_res[:, i], xs) + column(H_post[:, i]) * y).to(x.dtype) for i in range(n)], 1)
+
+
+def post_res_whole_backward(g, x, y, H_post, H_res):
+    """Eq 3 backward: g, a list of the n gradients of x_next (T, C) -> gradients of x, y, H_post, H_res."""
+    xs, n = split(x), x.shape[1]
+    g_x = torch.stack([mix(H_res[:, :, j], g).to(x.dtype) for j in range(n)], 1)
+    g_H_post = torch.stack([(g[i] * y).sum(1) for i in range(n)], 1)
+    g_H_res = torch.stack([(g[i] * xs[j]).sum(1) for i in range(n) for j in range(n)], 1).unflatten(1, (n, n))
+    return g_x, mix(H_post, g).to(y.dtype), g_H_post.to(H_post.dtype), g_H_res.to(H_res.dtype)
+
+
+def last_whole_backward(g_next, x, y, H_post, H_res):
+    return post_res_whole_backward(split(g_next), x, y, H_post, H_res)
+
+
+def step_whole(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps):
+    """As Step.pass_over. In the first form x_next is not returned: it is x."""
+    T, n, C = x.shape
+    x_next = x if y is None else post_res_whole(x, y, H_post, H_res)
+    xs, dtype = split(x_next), map_dtype(x)
+    proj = phi.to(dtype).t() @ x_next.to(dtype).flatten(1).t()  # (K, T): tokens innermost from the start
+    r = (sum(v * v for v in xs).sum(1) / (n * C) + eps).sqrt()
+    logits, _, _ = logits_of(proj, r, alpha.to(dtype), b.to(dtype), n)
+    x_in = mix(logits[:n].sigmoid().t(), xs).to(x.dtype)
+    return None if y is None else x_next, x_in, *mappings(logits, n, sinkhorn_iters), proj, r
+
+
+def step_whole_backward(
+    g_next, g_in, g_post, g_res, x, y, H_post, H_res, phi, alpha, b, x_next, proj, r, sinkhorn_iters
+):
+    """As Step.backward, with all four gradients given."""
+    T, n, C = x_next.shape
+    xs, dtype = split(x_next), map_dtype(x_next)
+    g_pre = torch.stack([(v * g_in).sum(1) for v in xs])  # (n, T)
+    g_proj, g_half_square, g_alpha, g_b, H_pre = mappings_backward(
+        g_pre, g_post, g_res, proj, r, alpha.to(dtype), b.to(dtype), n, sinkhorn_iters
+    )
+    g_phi = g_proj @ x_next.to(dtype).flatten(1)  # (K, nC)
+    g_v = (g_proj.t() @ phi.to(dtype).t()).unflatten(1, (n, C)).unbind(1)
+    g_norm = column(g_half_square / (n * C))
+    g = [g_v[i] + g_next[:, i] + g_norm * xs[i] + column(H_pre[i]) * g_in for i in range(n)]
+    if y is None:
+        grads = torch.stack(g, 1).to(x_next.dtype), None, None, None
+    else:
+        grads = post_res_whole_backward(g, x, y, H_post, H_res)
+    return *grads, g_phi.t().to(phi.dtype), g_alpha.to(alpha.dtype), g_b.to(b.dtype)
+
+
+class PostResCompiled(Function):
+    """PostRes, compiled."""
+
     @staticmethod
-    def logits_backward(g_maps, proj, r, alpha, b, n, sinkhorn_iters):
-        """Gradients of the three mappings -> of proj (T, K), of the mean square times 2 / v (T, 1), alpha, b; and H_pre."""
-        scale = scales(alpha, n)
-        unit = proj / r  # Eq 16 without alpha
-        logits = scale * unit + b
-        g = mappings_backward(*g_maps, logits, n, sinkhorn_iters)  # (T, K)
-        g_unit = g * unit
-        g_alpha = torch.stack([part.sum() for part in g_unit.split([n, n, n * n], 1)])
-        g_norm = -(g_unit @ column(scale)) / r.square()  # d r = v dv / (nC r), and r divides every logit
-        return g * (scale / r), g_norm, g_alpha, g.sum(0), logits[:, :n].sigmoid()
+    def forward(ctx, x, y, H_post, H_res):
+        ctx.save_for_backward(x, y, H_post, H_res)
+        with torch.autocast(x.device.type, enabled=False):
+            return compiled(post_res_whole)(x, y, H_post, H_res)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g_next):
+        with torch.autocast(g_next.device.type, enabled=False):
+            return compiled(last_whole_backward)(g_next, *ctx.saved_tensors)
+
+
+class StepCompiled(Function):
+    """Step, compiled. Outputs nobody used get gradients of zero: one compiled backward serves all."""
+
+    @staticmethod
+    def forward(ctx, x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps):
+        with torch.autocast(x.device.type, enabled=False):
+            x_next, x_in, *maps, proj, r = compiled(step_whole)(
+                x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps
+            )
+        x_next = x if y is None else x_next
+        ctx.save_for_backward(x, y, H_post, H_res, phi, alpha, b, x_next, proj, r)
+        ctx.sinkhorn_iters = sinkhorn_iters
+        return x_next, x_in, *maps
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        with torch.autocast(grads[0].device.type, enabled=False):
+            return *compiled(step_whole_backward)(*grads, *ctx.saved_tensors, ctx.sinkhorn_iters), None, None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def flat(x, y, H_post, H_res):
-    """Leading dimensions as one: x (T, n, C), y (T, C), H_post (T, n), H_res (T, n, n); None stays None."""
+    """Leading dimensions as one: x (T, n, C), y (T, C), H_post (T, n), H_res (T, n, n), contiguous; None stays None."""
     n, C = x.shape[-2:]
-    if y is None:
-        return x.reshape(-1, n, C), None, None, None
-    return x.reshape(-1, n, C), y.reshape(-1, C), H_post.reshape(-1, n), H_res.reshape(-1, n, n)
+    shapes = (-1, n, C), (-1, C), (-1, n), (-1, n, n)
+    return [v if v is None else v.reshape(s).contiguous() for v, s in zip((x, y, H_post, H_res), shapes, strict=True)]
+
+
+def step(function, x, y, H_post, H_res, *args):
+    lead, (n, C) = x.shape[:-2], x.shape[-2:]
+    x_next, x_in, H_post, H_res = function.apply(*flat(x, y, H_post, H_res), *args)
+    return x_next.view(*lead, n, C), x_in.view(*lead, C), H_post.view(*lead, n), H_res.view(*lead, n, n)
 
 
 def mhc_step(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters=20, eps=1e-20):
     """impl='eager' of the boundary between two sublayers: arguments and results as mhc_ref.mhc_step_ref."""
-    lead, (n, C) = x.shape[:-2], x.shape[-2:]
-    x_next, x_in, H_post, H_res = Step.apply(*flat(x, y, H_post, H_res), phi, alpha, b, sinkhorn_iters, eps)
-    return x_next.view(*lead, n, C), x_in.view(*lead, C), H_post.view(*lead, n), H_res.view(*lead, n, n)
+    return step(Step, x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps)
 
 
 def mhc_post_res(x, y, H_post, H_res):
     """impl='eager' of Eq 3 alone, after the last sublayer: arguments and results as mhc_ref.mhc_post_res_ref."""
     return PostRes.apply(*flat(x, y, H_post, H_res)).view(x.shape)
-mhc_step_compiled, mhc_post_res_compiled = mhc_step, mhc_post_res
+
+
+def mhc_step_compiled(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters=20, eps=1e-20):
+    """impl='compiled': as mhc_step. Compiles at the first call (half a minute); RuntimeError without a C++ compiler."""
+    function = StepCompiled if x.numel() else Step  # of no tokens there is nothing to compile
+    return step(function, x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps)
+
+
+def mhc_post_res_compiled(x, y, H_post, H_res):
+    """impl='compiled': as mhc_post_res."""
+    return (PostResCompiled if x.numel() else PostRes).apply(*flat(x, y, H_post, H_res)).view(x.shape)

@@ -18,7 +18,7 @@ def small_tiles(monkeypatch):
 
 
 def inputs(T, n, C, dtype=torch.float32, std=1.0):
-    """Leaves for mhc_step. Nothing is symmetric or equal across streams; logits of H_res have standard deviation std."""
+    """Leaves for mhc_step. Nothing is symmetric or equal across streams; std: of the logits of H_res."""
     K = n * n + 2 * n
     x, y = torch.randn(T, n, C).to(dtype), torch.randn(T, C).to(dtype)
     H_post, H_res = 2 * torch.rand(T, n), (2 * torch.randn(T, n, n)).softmax(-1)
@@ -29,7 +29,7 @@ def inputs(T, n, C, dtype=torch.float32, std=1.0):
 
 
 def evaluate(step, args, dtype=None, used=(1, 1, 1, 1), **kwargs):
-    """Outputs and gradients of a fixed random functional of the outputs; dtype: everything in it (the float64 truth)."""
+    """Outputs and gradients of a fixed random functional of the outputs; dtype: of everything in it."""
     leaves = [v if v is None else v.detach().to(dtype or v.dtype).requires_grad_() for v in args]
     out = step(*leaves, **kwargs)
     out = out if isinstance(out, tuple) else (out,)
@@ -37,7 +37,8 @@ def evaluate(step, args, dtype=None, used=(1, 1, 1, 1), **kwargs):
     weights = [torch.randn(o.shape, generator=gen, dtype=torch.float64).to(o.dtype) for o in out]
     loss = sum((o * w).sum() for o, w, use in zip(out, weights, used, strict=False) if use)
     leaves = [v for v in leaves if v is not None]
-    return [o.detach() for o in out] + list(torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True))
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+    return [o.detach() for o in out] + list(grads)
 
 
 def close(args, step=mhc_cpu.mhc_step, twin=mhc_step_ref, **kwargs):
