@@ -167,6 +167,7 @@ def prepare(s):
     name = f"{short_name(s['dataset'])}_{s['tokenizer']}"
     final = os.path.normpath(s["data_dir"] or os.path.join(s["data_root"], name))
     identity = {k: s[k] for k in IDENTITY} | {"text_sha256": text_sha256(s["dataset"])}
+    refuse_foreign(final)
     if not s["overwrite"] and is_complete(final, identity):
         print(f"{final}: complete already, made with these settings; nothing to do")
         return final
@@ -185,12 +186,16 @@ def short_name(dataset):
     return os.path.basename(os.path.normpath(dataset)).split(".")[0] or "text"
 
 
+def refuse_foreign(final):
+    """Raise DataError if what stands in the corpus's place is not ours to replace."""
+    if os.path.lexists(final) and not os.path.exists(os.path.join(final, "meta.json")):
+        raise DataError(f"{final}: is there and is no prepared corpus; choose another --data_dir=")
+
+
 def is_complete(final, identity):
-    """Whether a corpus of these settings is there and whole. Raises DataError if something else is in its place."""
+    """Whether a corpus of these settings is there and whole. Raises DataError if it is another or a damaged one."""
     if not os.path.lexists(final):
         return False
-    if not os.path.exists(os.path.join(final, "meta.json")):
-        raise DataError(f"{final}: is there and is no prepared corpus; choose another --data_dir=")
     meta = read_meta(final)
     other = [f"{k}: it has {meta['settings'].get(k)!r}, wanted {v!r}" for k, v in identity.items()
              if meta["settings"].get(k) != v]
@@ -250,7 +255,7 @@ def write_corpus(folder, s, identity, todo):
     try:
         enc = tokenizer_of(folder, s, todo)
         splits = write_parts(folder, s, enc, todo, journal)
-        check_splits(s, splits)
+        check_splits(s, splits, journal)
         write_meta(folder, s, identity, enc, splits, journal["sources"])
     except BaseException as e:  # Ctrl-C too; all of them go on upwards
         clean(folder, journal)
@@ -290,10 +295,11 @@ def sample(part, n_chars):
                     return
 
 
-def check_splits(s, splits):
-    """A corpus needs both splits; fewer tokens than asked for are worth a line."""
+def check_splits(s, splits, journal):
+    """A corpus needs both splits, else nothing of it is worth keeping; fewer tokens than asked for are worth a line."""
     for split, info in splits.items():
         if not info["tokens"]:
+            journal.update(parts=[], splits={})
             raise DataError(f"{s['dataset']}: no text for {split}: there are too few documents for val_fraction="
                             f"{s['val_fraction']} and tokens={s['tokens']}; name larger ones")
     if splits["train"]["tokens"] < s["tokens"]:

@@ -194,7 +194,7 @@ def encode(enc, text):
 
 
 def batches(documents, size=1 << 18):
-    """Group (split, text) into lists of (split, piece of text, is its document's end) of about `size` characters."""
+    """Group (split, text) into lists of (split, piece of text, is its document's end) of size/2 characters or more."""
     batch, filled = [], 0
     for split, text in documents:
         start, stop = 0, 0
@@ -204,7 +204,7 @@ def batches(documents, size=1 << 18):
                 stop = text.rfind("\n", start, start + size) + 1 or start + size
             batch.append((split, text[start:stop], stop == len(text)))
             filled, start = filled + stop - start, stop
-            if filled >= size:
+            if filled >= size // 2:
                 yield batch
                 batch, filled = [], 0
     if batch:
