@@ -16,6 +16,7 @@ the comparisons in eval_report.py.
 import datetime
 import hashlib
 import importlib.metadata
+import importlib.util
 import math
 import os
 import platform
@@ -284,23 +285,24 @@ def evaluate(checkpoint, names, path, results, config, where):
 
 
 def main():
-    global out_dir
     checkpoints = [a for a in sys.argv[1:] if not a.startswith("-") and not a.endswith(".py")]
     config = configure(globals(), RULES, [a for a in sys.argv[1:] if a not in checkpoints])
     if not checkpoints:
         fail("no checkpoint given: wanted one or more run folders or step folders, like python eval.py out/demo/mhc")
+    if lm_eval and not importlib.util.find_spec("lm_eval"):
+        fail("--lm_eval= needs lm-evaluation-harness: pip install lm-eval==0.4.13")
     where = start_processes(device)
     try:
         checkpoints = list(dict.fromkeys(os.path.relpath(find(c)) for c in checkpoints))
     except CheckpointError as e:
         fail(str(e))
+    folder = out_dir or os.path.join(run_of(checkpoints[0]), "eval")
+    os.makedirs(folder, exist_ok=True)
     if lm_eval:
-        import eval_harness
+        import eval_harness  # here, because lm-eval is no dependency
 
-        return eval_harness.run(checkpoints, lm_eval.split(","), config | {"device": where})
-    names = wanted_tasks()
-    path = os.path.join(out_dir or os.path.join(run_of(checkpoints[0]), "eval"), "results.json")
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+        return eval_harness.run(checkpoints, lm_eval.split(","), config | {"device": where}, folder, is_main())
+    names, path = wanted_tasks(), os.path.join(folder, "results.json")
     results = {"versions": versions(), "command": " ".join(sys.argv)}
     results["records"] = (read_record(path) or {}).get("records", [])
     records, missing = [], []

@@ -1,0 +1,114 @@
+"""lm-evaluation-harness itself drives a checkpoint, so that any of its tasks can be run. Needs `pip install lm-eval`.
+
+    python eval.py out/demo/mhc --lm_eval=arc_easy,winogrande --limit=100
+
+From Python, importing this file registers the model 'mhc':
+
+    import lm_eval, eval_harness
+    lm_eval.simple_evaluate(model="mhc", model_args="pretrained=out/demo/mhc", tasks=["arc_easy"])
+
+lm-eval asks with texts; what it gets comes from eval_score.py, with shared prefixes and on all processes of torchrun.
+"""
+
+import os
+
+import lm_eval
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
+
+import eval_score
+from checkpoint import load_model
+from download import write_json
+from tokenizer import load_tokenizer
+
+
+@register_model("mhc")
+class Checkpoint(TemplateLM):
+    """A checkpoint (or a model and its tiktoken.Encoding) as lm-eval sees a language model. Greedy only."""
+
+    def __init__(self, pretrained="", model=None, encoding=None, device="cpu", dtype="float32", batch_tokens=16384,
+                 max_length=0, data_dir="", **unused):  # fmt: skip
+        super().__init__()
+        known = {k: v for k, v in unused.items() if k in ("batch_size", "max_batch_size")}  # lm-eval always sends these
+        if set(unused) - set(known):
+            raise ValueError(f"model_args: unknown {', '.join(set(unused) - set(known))}")
+        if model is None:
+            model, settings = load_model(pretrained, device)
+            encoding = load_tokenizer(data_dir or settings["data_dir"])
+        self.encoding, self.batch_tokens = encoding, int(batch_tokens)
+        self.runner = eval_score.Runner(model, dtype, int(max_length))
+
+    @property
+    def eot_token_id(self):
+        return self.encoding.eot_token
+
+    def tok_encode(self, string, add_special_tokens=None, **unused):
+        return self.encoding.encode_ordinary(string)
+
+    def loglikelihood(self, requests, disable_tqdm=False):
+        """Requests of one document become one item, and tasks become groups, so that prefixes are shared."""
+        items = {}
+        for i, request in enumerate(requests):
+            items.setdefault((request.task_name, request.doc_id), []).append(i)
+        pairs = [[eval_score.encode_pair(self.encoding, *requests[i].args) for i in item] for item in items.values()]
+        groups = [task for task, _ in items]
+        found = self.score(pairs, groups, disable_tqdm)
+        by_request = {i: score for item, scores in zip(items.values(), found, strict=True)
+                      for i, score in zip(item, scores, strict=True)}  # fmt: skip
+        return [by_request[i] for i in range(len(requests))]
+
+    def _loglikelihood_tokens(self, requests, disable_tqdm=False, **unused):
+        found = self.score([[(context, continuation)] for _, context, continuation in requests], None, disable_tqdm)
+        return [score for (score,) in found]
+
+    def score(self, items, groups, quiet):
+        title = "" if quiet else "lm-eval: log-likelihoods"
+        return eval_score.loglikelihoods(self.runner, items, groups, self.batch_tokens, title=title)
+
+    def loglikelihood_rolling(self, requests, disable_tqdm=False):
+        """The whole text, in windows that overlap by one token, as lm-eval cuts them."""
+        totals = []
+        for request in requests:
+            tokens = self.tok_encode(request.args[0])
+            windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.runner.max_length, context_len=1)
+            pairs = [(None, *make_disjoint_window(window)) for window in windows]
+            totals.append(sum(lp for lp, _ in self._loglikelihood_tokens(pairs, disable_tqdm)))
+        return totals
+
+    def generate_until(self, requests, disable_tqdm=False):
+        texts = {}
+        kinds = {}  # requests that stop alike run together
+        for i, request in enumerate(requests):
+            kwargs = normalize_gen_kwargs(request.args[1])
+            if kwargs["do_sample"]:
+                raise ValueError(f"{request.task_name}: wants sampling; only greedy generation is offered")
+            kinds.setdefault((tuple(kwargs["until"]), kwargs["max_gen_toks"]), []).append(i)
+        for (stops, budget), mine in kinds.items():
+            prompts, groups = [requests[i].args[0] for i in mine], [requests[i].task_name for i in mine]
+            title = "" if disable_tqdm else "lm-eval: generation"
+            found = eval_score.generate(
+                self.runner, self.encoding, prompts, groups, [s for s in stops if s], budget, self.batch_tokens, title
+            )
+            texts.update(zip(mine, found, strict=True))
+        return [texts[i] for i in range(len(requests))]
+
+
+def run(checkpoints, tasks, s, out_dir, main):
+    """eval.py's --lm_eval: run these tasks on every checkpoint; tables to the terminal, results to lm_eval.json."""
+    found = {}
+    for checkpoint in checkpoints:
+        keys = ("device", "dtype", "batch_tokens", "max_length", "data_dir")
+        model = Checkpoint(checkpoint, **{k: s[k] for k in keys})
+        results = lm_eval.simple_evaluate(
+            model=model, tasks=tasks, limit=s["limit"] or None, num_fewshot=None if s["shots"] < 0 else s["shots"],
+            log_samples=False, bootstrap_iters=0,
+        )  # fmt: skip
+        found[checkpoint] = {k: results[k] for k in ("results", "versions", "n-shot", "n-samples")}
+        if main:
+            print(f"{checkpoint}, lm-evaluation-harness {lm_eval.__version__}\n{make_table(results)}")
+    if main:
+        path = os.path.join(out_dir, "lm_eval.json")
+        write_json(path, {"lm_eval": lm_eval.__version__, "checkpoints": found})
+        print(f"results: {path}")
