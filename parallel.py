@@ -55,9 +55,32 @@ def start(parallel="none", device="cpu", shard_size=0, rank_timeout=600):
         torch.cuda.set_device(device)
     if "RANK" in os.environ or parallel == "fsdp":
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        here = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        dist.init_process_group(backend, timeout=timedelta(seconds=rank_timeout), **here)
+        timeout = timedelta(seconds=rank_timeout)
+        dist.init_process_group(backend, timeout=timeout, **meeting_point(rank, world, timeout))
     return Ranks(parallel, rank, world, torch.device(device), shard_size, rank_timeout)
+
+
+def meeting_point(rank, world, timeout):
+    """The store in which the processes find each other, as arguments of init_process_group.
+
+    torchrun --max-restarts keeps one store for all attempts, and in torch 2.13 a restarted process finds the addresses
+    of dead ones there, and waits for them until rank_timeout. So every attempt gets keys of its own. Agents of several
+    nodes may count attempts differently: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 makes torchrun open a new store.
+    """
+    env = os.environ
+    if "RANK" not in env:
+        return {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env["LOCAL_WORLD_SIZE"] != env["WORLD_SIZE"]:
+        return {}
+    store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), world, is_master=False, timeout=timeout)
+    store = dist.PrefixStore(f"attempt {env['TORCHELASTIC_RESTART_COUNT']}", store)
+    return {"store": store, "rank": rank, "world_size": world}
+
+
+def only_rank_0_prints():
+    """Silence the other processes' standard output; errors, which go to standard error, come from each."""
+    if os.environ.get("RANK", "0") != "0":
+        sys.stdout = open(os.devnull, "w")
 
 
 class Ranks:

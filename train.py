@@ -26,10 +26,12 @@ import numpy as np
 import torch
 
 import checkpoint
+import recompute as recomputation
 from configurator import above, at_least, between, configure, fail, one_of
 from data import Corpus, DataError, order
 from gains import alarms, gains, heat_maps, res_gradients, stream_spread
 from model import GPT, GPTConfig, peak_flops
+from parallel import PARALLEL, check_batch, only_rank_0_prints, start
 
 # -- the run --------------------------------------------------------------------------------------------------------
 out_dir = "out/run"
@@ -83,6 +85,13 @@ adam_eps = 1e-20
 weight_decay = 0.1  # of matrices; norms, alpha and b take none
 grad_clip = 1.0  # largest norm of the gradient; 0: off
 bias_update_speed = 0.001  # gamma: how far an expert's selection bias moves in a step
+# -- many processes, and memory: see parallel.py and recompute.py -----------------------------------------------------
+parallel = "none"  # 'ddp' | 'fsdp': started by torchrun
+shard_size = 0  # fsdp: processes that share one copy of the weights; 0: all. As a rule those of one node
+reduce_always = False  # fsdp: reduce gradients after every micro-batch, and keep only shards of them
+rank_timeout = 600.0  # seconds after which a process that does not answer ends the run
+recompute = "none"  # 'mhc': replay the mappings in the backward (Table 3) | 'full': the sublayers too
+recompute_block = -1  # sublayers between two kept x; -1: L_r* of Eq 20
 # -- watching -------------------------------------------------------------------------------------------------------
 eval_interval = 100  # steps between evaluations
 eval_sequences = 64  # of the validation split, always the first ones
@@ -100,6 +109,10 @@ RULES = {
     "residual": one_of("baseline", "hc", "mhc"),
     "collapse": one_of("sum", "head"),
     "lr_schedule": one_of("step", "cosine", "constant"),
+    "parallel": one_of(*PARALLEL),
+    "rank_timeout": above(0),
+    "recompute": one_of(*recomputation.RECOMPUTE),
+    "recompute_block": at_least(-1),
     "log": one_of("none", "tensorboard", "wandb"),
     "beta1": between(0, 0.9999),
     "beta2": between(0, 0.99999),
@@ -110,8 +123,8 @@ RULES = {
         at_least(1),
     ),
     **dict.fromkeys(
-        "seed q_lora_rank first_k_dense_replace n_routed_experts n_shared_experts warmup_steps min_lr_ratio norm_eps "
-        "adam_eps weight_decay grad_clip bias_update_speed init_std".split(),
+        "seed shard_size q_lora_rank first_k_dense_replace n_routed_experts n_shared_experts warmup_steps min_lr_ratio "
+        "norm_eps adam_eps weight_decay grad_clip bias_update_speed init_std".split(),
         at_least(0),
     ),
     **dict.fromkeys(("lr", "rope_theta", "route_scale"), above(0)),
@@ -161,10 +174,10 @@ def numbers(name):
 
 def check_settings():
     """What no rule about a single setting can see."""
-    if batch_size % micro_batch_size:
-        near = [m for m in range(1, batch_size + 1) if batch_size % m == 0]
-        best = min(near, key=lambda m: abs(m - micro_batch_size))
-        fail(f"micro_batch_size={micro_batch_size} does not divide batch_size={batch_size}; the nearest is {best}")
+    try:
+        check_batch(batch_size, micro_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
+    except ValueError as e:
+        fail(str(e))
     if len(numbers("decay_at")) != len(numbers("decay_rates")):
         fail(f"decay_at={decay_at!r} and decay_rates={decay_rates!r}: wanted as many of one as of the other")
 
@@ -180,34 +193,37 @@ def make_optimizer(model):
 
 def autocast(device):
     """bf16 autocast if dtype says so; the mappings switch it off for themselves."""
-    return torch.autocast(device, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
 # -- one optimizer step ---------------------------------------------------------------------------------------------
 
 
-def forward_backward(model, corpus, step, device):
-    """Add up the gradients of the batch of `step`, which is a function of seed and step alone. -> mean loss"""
+def forward_backward(net, corpus, step, ranks):
+    """Add up the gradients of the batch of `step`, which is a function of seed and step alone. -> mean loss
+
+    net: the model as ranks.wrap() gave it. Each process takes its share of the batch, a micro-batch at a time."""
     ids = order(seed, step * batch_size, batch_size, corpus.n_sequences)
-    micro_batches = ids.reshape(-1, micro_batch_size)
-    model.zero_grad()
-    total = torch.zeros((), device=device)
-    for rows in micro_batches:
-        idx, targets = (t.to(device, non_blocking=True) for t in corpus.sequences(rows))
-        with autocast(device):
-            _, loss = model(idx, targets)
+    micro_batches = ranks.share(ids, micro_batch_size)
+    net.zero_grad()
+    total = torch.zeros((), device=ranks.device)
+    for i, rows in enumerate(micro_batches):
+        idx, targets = (t.to(ranks.device, non_blocking=True) for t in corpus.sequences(rows))
+        ranks.synchronise(net, last=i == len(micro_batches) - 1, every=reduce_always)
+        with autocast(ranks.device):
+            _, loss = net(idx, targets)
         loss = loss / len(micro_batches)
         loss.backward()
         total += loss.detach()
-    return total.item()
+    return ranks.all_sum(total).item() / ranks.world
 
 
-def optimizer_step(model, optimizer, step):
+def optimizer_step(model, optimizer, step, ranks):
     """Clip, step, move the experts' biases. -> gradient norm, expert load (max/mean). Skips a step that is not finite.
 
     The gradients stay until the next forward_backward: an evaluation in between looks at them."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
-    load = model.expert_load()
+    norm = ranks.clip_grad_norm(model, grad_clip)
+    load = ranks.all_sum(model.expert_load())
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step)
     finite = math.isfinite(norm)
@@ -221,37 +237,40 @@ def optimizer_step(model, optimizer, step):
 
 
 @torch.no_grad()
-def validation_loss(model, corpus, device):
+def validation_loss(model, corpus, ranks):
     """Mean loss in nats a token over the first eval_sequences of the validation split."""
     model.eval()
-    ids = np.arange(min(eval_sequences, corpus.n_sequences))
-    total = 0.0
-    for start in range(0, len(ids), micro_batch_size):
-        rows = ids[start : start + micro_batch_size]
-        idx, targets = (t.to(device) for t in corpus.sequences(rows))
-        with autocast(device):
-            total += model(idx, targets)[1].item() * len(rows)
+    n = min(eval_sequences, corpus.n_sequences)
+    total = torch.zeros((), device=ranks.device)
+    for done in range(0, n, micro_batch_size * ranks.world):
+        first = done + micro_batch_size * ranks.rank
+        rows = np.arange(first, min(first + micro_batch_size, n))
+        # a process with nothing left runs along and counts for nothing: FSDP gathers the weights from all of them
+        idx, targets = (t.to(ranks.device) for t in corpus.sequences(rows if len(rows) else [0]))
+        with autocast(ranks.device):
+            total += model(idx, targets)[1] * len(rows)
     model.train()
-    return total / len(ids)
+    return ranks.all_sum(total).item() / n
 
 
-def look_at_maps(model, corpus, device):
+def look_at_maps(model, corpus, ranks):
     """Gains on one fixed sequence, and alarms for dead mappings. Leaves maps.npz, the heat maps figures.py draws."""
     if residual == "baseline":
         return {}, []
-    idx = corpus.sequences([0])[0].to(device)
-    with autocast(device):
+    idx = corpus.sequences([0])[0].to(ranks.device)
+    with autocast(ranks.device):
         seen = model.look(idx, lambda residual, x: (residual.maps(x)[2], stream_spread(x)))
     H_res, spreads = [H for H, _ in seen], [spread for _, spread in seen]
-    path = os.path.join(out_dir, "maps.npz")
-    np.savez(path + ".tmp.npz", **heat_maps(H_res))
-    os.replace(path + ".tmp.npz", path)
+    if ranks.is_main:
+        path = os.path.join(out_dir, "maps.npz")
+        np.savez(path + ".tmp.npz", **heat_maps(H_res))
+        os.replace(path + ".tmp.npz", path)
     return gains(H_res), alarms(res_gradients(model.residuals()), spreads, H_res)
 
 
 def peak_megabytes(device):
     """The most memory this process has held so far: on the GPU, or else resident, in MB."""
-    if device == "cuda":
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes / (1e6 if sys.platform == "darwin" else 1e3)  # macOS reports bytes
@@ -261,11 +280,13 @@ def peak_megabytes(device):
 
 
 class Log:
-    """metrics.jsonl, one flushed line a record, and TensorBoard or wandb if asked for."""
+    """metrics.jsonl, one flushed line a record, and TensorBoard or wandb if asked for: process 0's alone."""
 
-    def __init__(self, settings):
+    def __init__(self, settings, is_main):
+        self.file, self.others = None, []
+        if not is_main:
+            return
         self.file = open(os.path.join(out_dir, "metrics.jsonl"), "a")
-        self.others = []
         try:
             if log == "tensorboard":
                 from torch.utils.tensorboard import SummaryWriter
@@ -282,9 +303,12 @@ class Log:
 
     def sync(self):
         """Durable, so that no checkpoint is ahead of its records."""
-        os.fsync(self.file.fileno())
+        if self.file:
+            os.fsync(self.file.fileno())
 
     def write(self, record):
+        if not self.file:
+            return
         self.file.write(json.dumps(record) + "\n")
         self.file.flush()
         for send in self.others:
@@ -301,9 +325,9 @@ def provenance(settings, train_data, val_data):
             "data": data}
 
 
-def start_profiler():
+def start_profiler(is_main):
     """With profile=True, a profiler that waits five steps and then traces ten into out_dir/trace.json."""
-    if not profile:
+    if not (profile and is_main):
         return nullcontext()
     return torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=5, warmup=0, active=10, repeat=1),
@@ -321,19 +345,25 @@ def open_corpora():
         fail(str(e))
 
 
-def build_model(settings, vocab, device):
-    """The model with its first values, on the device."""
+def build_model(settings, vocab, ranks):
+    """The model with its first values, on the devices."""
     global vocab_size
     vocab_size = settings["vocab_size"] = vocab_size or vocab
     if vocab_size < vocab:
         fail(f"vocab_size={vocab_size}: the corpus in {data_dir} has {vocab} tokens")
-    model = GPT(model_config(settings))
-    model.init_weights(seed)
+    with torch.device("meta"):  # no memory yet: with FSDP no process ever holds the whole
+        model = GPT(model_config(settings))
+    try:
+        recomputation.apply(model, recompute, recompute_block)
+    except ValueError as e:
+        fail(str(e))
     if compile:
         for block in model.layers:
             block.self_attn.compile()
             block.mlp.compile()
-    return model.to(device)
+    ranks.shard(model, dtype)
+    ranks.initialise(model, seed)
+    return model
 
 
 def begin(model, optimizer, origin):
@@ -363,23 +393,23 @@ def save(step, model, optimizer, settings, state, records):
     checkpoint.save(out_dir, step, model, optimizer, state, settings, keep_checkpoints, best)
 
 
-def mfu_per_token_rate(model, device):
-    """Model FLOPs utilisation at one token a second; None where the device's peak is not known."""
-    peak = peak_flops(torch.cuda.get_device_name()) if device == "cuda" else None
-    return model.flops_per_token() / peak if peak else None
+def mfu_per_token_rate(model, ranks):
+    """Model FLOPs utilisation at one token a second over all devices; None where a device's peak is not known."""
+    peak = peak_flops(torch.cuda.get_device_name()) if ranks.device.type == "cuda" else None
+    return model.flops_per_token() / peak / ranks.world if peak else None
 
 
-def evaluate(model, step, corpus, device, step_times, records):
+def evaluate(model, step, corpus, ranks, step_times, records):
     """One evaluation: validation loss, gains, alarms; printed and recorded. -> validation loss"""
-    loss = validation_loss(model, corpus, device)
-    found, alarm = look_at_maps(model, corpus, device)
+    loss = validation_loss(model, corpus, ranks)
+    found, alarm = look_at_maps(model, corpus, ranks)
     record = {
         "step": step,
         "val_loss": loss,
         "bits_per_byte": loss / math.log(2) / corpus.bytes_per_token,
         "params": model.num_params()["total"],
         "step_ms": statistics.median(step_times) * 1e3 if step_times else None,
-        "peak_MB": peak_megabytes(device),
+        "peak_MB": peak_megabytes(ranks.device),
         **found,
     }
     records.write(record)
@@ -410,38 +440,49 @@ def report_step(step, loss, norm, load, step_times, peak, records):
 
 
 def main():
-    """The run, from top to bottom."""
+    """Settings, then the run on this process among however many there are."""
+    only_rank_0_prints()
     settings = configure(globals(), RULES)
     check_settings()
     on = resolve_device(device)
     train_data, val_data = open_corpora()
-    model = build_model(settings, train_data.vocab_size, on)
-    optimizer = make_optimizer(model)
+    try:
+        ranks = start(parallel, on, shard_size, rank_timeout)
+    except ValueError as e:
+        fail(str(e))
+    with ranks:
+        train(settings, train_data, val_data, ranks)
+
+
+def train(settings, train_data, val_data, ranks):
+    """The run, from top to bottom."""
+    model = build_model(settings, train_data.vocab_size, ranks)
+    net, optimizer = ranks.wrap(model), make_optimizer(model)
     first, state = begin(model, optimizer, provenance(settings, train_data, val_data))
-    records, profiler, stop = Log(settings), start_profiler(), checkpoint.Stop(on)
-    print(f"device {on}, {dtype}, residual {residual}, {model.num_params()['total']:,} parameters -> {out_dir}")
-    flops_share = mfu_per_token_rate(model, on)
+    records, profiler, stop = Log(settings, ranks.is_main), start_profiler(ranks.is_main), checkpoint.Stop(ranks.device)
+    print(f"{ranks.device.type}, {dtype}, residual {residual}, {model.num_params()['total']:,} parameters -> {out_dir}")
+    flops_share = mfu_per_token_rate(model, ranks)
 
     step_times = []
     with profiler:
         for step in range(first, max_steps + 1):
             stopping, last = stop(), step == max_steps
             if (step % eval_interval == 0 or last) and state["evaluated"] != step and not stopping:
-                state["val_loss"] = evaluate(model, step, val_data, on, step_times, records)
+                state["val_loss"] = evaluate(model, step, val_data, ranks, step_times, records)
                 state["evaluated"] = step
             if (step % checkpoint_interval == 0 or last or stopping) and step > first:
                 save(step, model, optimizer, settings, state, records)
             if last or stopping:
                 break
-            start = time.perf_counter()
-            loss = forward_backward(model, train_data, step, on)
-            norm, load = optimizer_step(model, optimizer, step)
-            step_times.append(time.perf_counter() - start)
+            began = time.perf_counter()
+            loss = forward_backward(net, train_data, step, ranks)
+            norm, load = optimizer_step(model, optimizer, step, ranks)
+            step_times.append(time.perf_counter() - began)
             report_step(step + 1, loss, norm, load, step_times, flops_share, records)
             state["skips"] = 0 if math.isfinite(norm) else state["skips"] + 1
             if state["skips"] == SKIPS_IN_A_ROW:
                 sys.exit(f"error: {SKIPS_IN_A_ROW} steps in a row were not finite; lower lr, or set grad_clip")
-            if profile:
+            if profile and ranks.is_main:
                 profiler.step()
     if first >= max_steps:
         print(f"nothing to do: {out_dir} has {first} of {max_steps} steps; raise max_steps, or --init_from=scratch")

@@ -93,7 +93,7 @@ def test_figures_of_a_run_in_progress(runs, tmp_path):
 @pytest.mark.parametrize(
     "flags,words",
     [
-        (["--micro_batch_size=3"], "micro_batch_size=3 does not divide batch_size=4"),
+        (["--micro_batch_size=3"], "batch_size=4 is not a multiple of micro_batch_size=3 x 1 process"),
         (["--data_dir=nowhere"], "nowhere"), (["--vocab_size=100"], "vocab_size=100"),
         (["--qk_rope_head_dim=7"], "qk_rope_head_dim=7"), (["--decay_at=0.5"], "decay_at"),
         (["--decay_rates=a,b"], "decay_rates='a,b'"), (["--residual=resnet"], "residual='resnet'"),
