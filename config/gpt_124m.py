@@ -1,5 +1,6 @@
 # One GPU: about 121M active of 277M parameters with mHC, on ten billion GPT-2 tokens of FineWeb.
-#   python prepare_data.py --dataset=fineweb10b && python train.py config/gpt_124m.py
+#   python prepare_data.py --dataset=fineweb10b --tokenizer=gpt2 --tokens=1e10
+#   python train.py config/gpt_124m.py
 data_dir = "data/fineweb10b_gpt2"
 vocab_size = 50304  # 50257 padded to a multiple of 64
 dtype = "bfloat16"
