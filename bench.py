@@ -3,6 +3,7 @@
     python bench.py                                  # lists the subcommands
     python bench.py cpu                              # what HC and mHC add to one real block on this CPU
     python bench.py cpu --widths=512 --rounds=15 --profile=True
+    python bench.py eval                             # 4-choice scoring with and without shared prefixes
 
 Every figure printed is measured in the run that prints it. Rivals are timed in one process and in turn, so that a slow
 minute of the machine hits all of them alike; the median is reported with its spread.
@@ -25,6 +26,11 @@ rounds = 9  # timed rounds; each times every variant once
 threads = 0  # CPU threads, 0: what torch chooses
 profile = False  # print torch.profiler's table of each variant instead of times
 seed = 0
+# bench.py eval
+questions = 6  # of four choices each
+shot_tokens = 2000  # tokens of the examples in front of every question
+question_tokens = 60
+choice_tokens = 25
 # (further subcommands keep their settings here, under a comment of their own)
 
 
@@ -100,6 +106,7 @@ def make_variant(C, residual, impl, sublayers):
         "attn_residual": make_residual(config, 2 * MIDDLE), "mlp_residual": make_residual(config, 2 * MIDDLE + 1)
     })  # fmt: skip
     B, n = tokens // seq_len, config.n_streams
+    torch.manual_seed(seed)  # the same numbers for every variant of one shape
     leaves = [torch.randn(B, seq_len, n, C), torch.randn(B, seq_len, C)]
     if residual != "baseline":
         leaves += [2 * torch.rand(B, seq_len, n), torch.randn(B, seq_len, n, n).softmax(-1)]
@@ -136,7 +143,9 @@ def forward_backward(variant, shared):
     leaves = [v.requires_grad_() for v in leaves]
     parameters = [p for module in (*modules, *shared) for p in module.parameters()]
     with torch.no_grad():
-        gradients = [torch.randn_like(v) for v in forward(*leaves)]
+        out = forward(*leaves)
+    torch.manual_seed(seed + 1)
+    gradients = [torch.randn_like(v) for v in out]
 
     def step():
         for v in (*leaves, *parameters):
@@ -147,7 +156,7 @@ def forward_backward(variant, shared):
 
 
 def cpu_variants(C):
-    """{name: forward-and-backward function}, baseline first; and {name: seconds of compilation}."""
+    """{name: forward-and-backward function}, baseline first; and {name: what is to be said beside its times}."""
     sublayers, shared = block_sublayers(C)
     made = {"baseline": make_variant(C, "baseline", "auto", sublayers), "HC": make_variant(C, "hc", "auto", sublayers)}
     for impl in ("ref", "eager", "compiled"):
@@ -155,19 +164,31 @@ def cpu_variants(C):
     made["mHC hyper-connections"] = make_package_variant(C, sublayers)
     if made["mHC hyper-connections"] is None:
         print("the package hyper-connections is not installed: not timed (pip install hyper-connections)")
-    variants, compilation = {}, {}
+    variants, notes = {}, {}
     for name, variant in made.items():
-        if variant is not None:
-            start = time.perf_counter()
-            variants[name] = forward_backward(variant, shared)
-            variants[name]()
-            first = time.perf_counter() - start
-            if name == "mHC compiled":
-                compilation[name] = first
-    return variants, compilation
+        if variant is None:
+            continue
+        start = time.perf_counter()
+        variants[name] = forward_backward(variant, shared)
+        variants[name]()
+        first = time.perf_counter() - start
+        if name == "mHC ref":
+            truth = own_gradients(variant)
+        elif name in ("mHC eager", "mHC compiled"):
+            pairs = zip(own_gradients(variant), truth, strict=True)
+            notes[name] = f"gradients within {max(((a - b).norm() / b.norm()).item() for a, b in pairs):.0e} of ref's"
+        if name == "mHC compiled":
+            notes[name] += f"; first call {first:.0f} s, nearly all compilation"
+    return variants, notes
 
 
-def print_cpu_table(C, seconds, compilation):
+def own_gradients(variant):
+    """Copies of the gradients that a variant shares with no other: of its inputs and of its residual connections."""
+    _, leaves, modules = variant
+    return [v.grad.clone() for v in (*leaves, *(p for module in modules for p in module.parameters()))]
+
+
+def print_cpu_table(C, seconds, notes):
     base = seconds["baseline"]
     print(f"\nC = {C}, n = 4, {tokens} tokens of {seq_len} a sequence, fp32, {torch.get_num_threads()} threads")
     print("one block (MLA + MoE), forward + backward; medians of", rounds, "rounds in turn, +- half the quartile range")
@@ -177,9 +198,7 @@ def print_cpu_table(C, seconds, compilation):
         line = f"{name:24} {1e3 * statistics.median(values):8.1f} {1e3 * spread(values):6.1f}"
         if name != "baseline":
             line += f" {statistics.median(added):17.1f} % {spread(added):6.1f}"
-        if name in compilation:
-            line += f"   first call {compilation[name]:.0f} s, nearly all compilation, no cache"
-        print(line)
+        print(line + f"   {notes.get(name, '')}".rstrip())
 
 
 def cpu():
@@ -192,9 +211,9 @@ def cpu():
     torch.manual_seed(seed)
     for C in map(int, widths.split(",")):
         with torch._inductor.config.patch(force_disable_caches=True):  # compile time as a first user sees it
-            variants, compilation = cpu_variants(C)
+            variants, notes = cpu_variants(C)
         if not profile:
-            print_cpu_table(C, time_in_turn(variants, rounds), compilation)
+            print_cpu_table(C, time_in_turn(variants, rounds), notes)
         for name, step in variants.items() if profile else ():
             print_profile(f"C = {C}, {name}", step)
 
@@ -208,7 +227,45 @@ def print_profile(title, step):
     print(p.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=50))
 
 
-COMMANDS = {f.__name__: f for f in (cpu,)}
+# ----------------------------------------------------------------------------------------------------------------------
+# bench.py eval
+
+
+def evaluation():
+    """4-choice questions behind long few-shot prompts: every sequence whole, and with shared prefixes (eval_score)."""
+    from eval_score import Runner, loglikelihoods
+
+    model = GPT(GPTConfig(vocab_size=8192, seq_len=4096, n_layer=4, n_embd=256, n_head=8, kv_lora_rank=128,
+                          qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, intermediate_size=768,
+                          n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=192))  # fmt: skip
+    model.init_weights(seed)
+    gen = torch.Generator().manual_seed(seed)
+    draw = lambda n: torch.randint(8192, (n,), generator=gen).tolist()  # noqa: E731
+    shots = draw(shot_tokens)
+    prompts = [shots + draw(question_tokens) for _ in range(questions)]
+    items = [[(prompt, draw(choice_tokens)) for _ in range(4)] for prompt in prompts]
+    runner, found = Runner(model.requires_grad_(False)), {}
+
+    def score(name, groups, share):
+        found[name] = [lp for item in loglikelihoods(runner, items, groups, share=share) for lp, _ in item]
+
+    seconds = time_in_turn({
+        "whole sequences": lambda: score("whole", None, False),
+        "each question's prefix once": lambda: score("question", list(range(questions)), True),
+        "the examples once, too": lambda: score("all", None, True),
+    }, rounds)  # fmt: skip
+    print(f"{questions} questions, 4 choices of {choice_tokens} tokens behind {shot_tokens} + {question_tokens}; "
+          f"{torch.get_num_threads()} threads, median of {rounds}")  # fmt: skip
+    whole = statistics.median(seconds["whole sequences"])
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        print(f"  {name:<28} {median:8.3f} s ± {spread(values):.3f}   {whole / median:5.1f} x")
+    for name in ("question", "all"):
+        apart = max(abs(a - b) for a, b in zip(found["whole"], found[name], strict=True))
+        print(f"  largest difference of a log-probability from 'whole': {apart:.1e} ({name})")
+
+
+COMMANDS = {f.__name__: f for f in (cpu,)} | {"eval": evaluation}
 
 
 def main():
