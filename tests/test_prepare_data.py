@@ -430,15 +430,40 @@ def test_c4_survives_breaks_and_continues_an_interrupted_run(tmp_path):
     assert [s["sha256"] for s in one["sources"]] == [s["sha256"] for s in two["sources"]]
 
 
+def test_interrupted_run_of_other_settings_is_not_continued(tmp_path):
+    with serving() as server:
+        _, files = c4_server(server)
+        s = settings(tmp_path, dataset="c4", tokens=15_000, val_tokens=3000, mirror=server.url, tokenizer="bpe300",
+                     bpe_train_mb=0.01, data_dir=tmp_path / "data" / "c")
+        files["c4-train.00001-of-01024.json.gz"].faults[:] = [status(404)]
+        with pytest.raises(dl.DownloadError):
+            prepare(s)
+        assert (tmp_path / "data" / "c.tmp" / "journal.json").exists()
+        got = prepare(s | {"tokenizer": "bytes"})
+        assert hashes(got) == hashes(prepare(s | {"tokenizer": "bytes", "data_dir": str(tmp_path / "data" / "d")}))
+
+
+def test_what_a_killed_run_left_is_not_used(tmp_path):
+    s = settings(tmp_path, dataset=write_jsonl(tmp_path / "t.jsonl", texts(100)), tokenizer="bpe300")
+    left = tmp_path / "data" / "t_bpe300.tmp"
+    left.mkdir(parents=True)
+    tok.save_tokenizer(tok.make_tokenizer("bytes"), left / "tokenizer.json")
+    (left / "train_000007.bin").write_bytes(b"half a shard")
+    folder = prepare(s)
+    assert load_tokenizer(folder).n_vocab == 300 and "train_000007.bin" not in os.listdir(folder)
+
+
 @pytest.mark.parametrize("damage, message", [
     (lambda b: b[:-5], "truncated gzip"), (lambda b: b[:500] + b"\0\0\0\0" + b[504:], "damaged gzip|not JSON"),
     (lambda b: gzip.compress(b'{"text": "a"}\n{"te'), "line 2 is not JSON")])
-def test_damaged_c4_is_not_used(tmp_path, damage, message):
+def test_damaged_c4_is_not_used(tmp_path, monkeypatch, damage, message):
+    batches = tok.batches
+    monkeypatch.setattr(tok, "batches", lambda documents: batches(documents, size=100))  # something is written before
     with serving() as server:
         _, files = c4_server(server)
         files["c4-train.00000-of-01024.json.gz"].content = damage(files["c4-train.00000-of-01024.json.gz"].content)
         with pytest.raises(DataError, match=message):
-            prepare(settings(tmp_path, dataset="c4", tokens=15_000, val_tokens=100, mirror=server.url))
+            prepare(settings(tmp_path, dataset="c4", tokens=10**6, val_tokens=100, mirror=server.url))
     assert not (tmp_path / "data/c4_bytes").exists()
     assert not [f for f in os.listdir(tmp_path / "data/c4_bytes.tmp") if f.startswith("train")]
 
