@@ -20,9 +20,9 @@ file), the fields are those under which the set is commonly published:
 """
 
 import ast
+import codecs
 import csv
 import io
-import itertools
 import json
 import os
 import re
@@ -136,7 +136,8 @@ def triviaqa(fetch):
     with tarfile.open(fetch(TRIVIAQA), "r|gz") as archive:  # read once from the front: it is large
         for member in archive:
             if match := re.search(r"unfiltered-web-(train|dev)\.json$", member.name):
-                text = io.TextIOWrapper(archive.extractfile(member), encoding="utf-8")
+                file = archive.extractfile(member)
+                text = codecs.iterdecode(iter(lambda file=file: file.read(1 << 20), b""), "utf-8")
                 yield names[match[1]], map(triviaqa_row, items(text, "Data"))
 
 
@@ -167,12 +168,11 @@ def json_lines(path):
                 yield json.loads(line)
 
 
-def items(file, key):
-    """The members of the list {"key": [...]} of a JSON text too large to be held, one by one."""
-    decode, text, at = json.JSONDecoder().raw_decode, "", 0
-    chunks = itertools.chain(iter(lambda: file.read(1 << 20), ""), [""])  # the last, empty one says that this was all
+def items(chunks, key):
+    """The members of the list {"key": [...]} of a JSON text that comes in chunks, too large to be held, one by one."""
+    decode, text, chunks = json.JSONDecoder().raw_decode, "", iter(chunks)
     while not (start := re.search(rf'"{key}"\s*:\s*\[', text)):
-        if not (chunk := next(chunks)):
+        if not (chunk := next(chunks, "")):
             raise ValueError(f"no list {key!r} in it")
         text += chunk
     at = start.end()
@@ -184,7 +184,7 @@ def items(file, key):
             item, at = decode(text, at)
             yield item
         except json.JSONDecodeError:  # the item goes on in the next chunk, or the file is truncated
-            if not (chunk := next(chunks)):
+            if not (chunk := next(chunks, "")):
                 raise
             text, at = text[at:] + chunk, 0
 
@@ -236,7 +236,8 @@ def prepare_task(folder, download_dir, name, mirror):
             splits[split] = {"rows": write_rows(path, rows), "sha256": sha256_file(path)}
     except (KeyError, ValueError, TypeError, StopIteration, EOFError, SyntaxError, tarfile.TarError, zipfile.BadZipFile,
             zlib.error) as e:
-        raise DataError(f"{sources[-1]['url']}: not in the form it was published in ({type(e).__name__}: {e})") from e
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
+        raise DataError(f"{sources[-1]['url']}: not in the form it was published in ({reason})") from e
     write_json(record, {"complete": True, "splits": splits, "downloads": sources})
     sync_folder(folder)
     for split, s in splits.items():
