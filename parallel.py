@@ -27,7 +27,6 @@ import os
 import sys
 import warnings
 from datetime import timedelta
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -124,14 +123,8 @@ class Ranks:
             narrow = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         # FSDP warns that writing into the view which an F returns would cost its hooks: nothing here writes into it
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-        put = partial(fully_shard, mesh=self.mesh)
-        put(model.embed_tokens, mp_policy=narrow)
-        for block in model.layers:
-            if hasattr(block.mlp, "gate"):
-                put(block.mlp.gate, mp_policy=wide)
-            put(block.self_attn, mp_policy=narrow)
-            put(block.mlp, mp_policy=narrow)
-        put(model, mp_policy=wide)
+        for module, is_narrow in groups(model):
+            fully_shard(module, mesh=self.mesh, mp_policy=narrow if is_narrow else wide)
         cut_again_without_backward(model)
 
     def initialise(self, model, seed=None):
@@ -149,7 +142,7 @@ class Ranks:
             return model
         # buffers are not broadcast: each process counts its own tokens on the experts, and all_sum adds them up
         ids = [self.device] if self.device.type == "cuda" else None
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     # --- a step ---
 
@@ -214,6 +207,17 @@ def is_about_another_process(error):
     said = str(error)
     words = ("Timed out", "timed out", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(w in said for w in words)
+
+
+def groups(model):
+    """FSDP2's groups, inner ones first, as (module, whether bf16 will do). A group has the parameters of its module
+    that no group before it has: the last, the model itself, has all the rest."""
+    found = [(model.embed_tokens, True)]
+    for block in model.layers:
+        if hasattr(block.mlp, "gate"):
+            found.append((block.mlp.gate, False))
+        found += [(block.self_attn, True), (block.mlp, True)]
+    return [*found, (model, False)]
 
 
 def assign(p, value):

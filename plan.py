@@ -1,0 +1,264 @@
+"""What a run would take, reckoned before anything is allocated: parameters, memory, communication, days.
+
+    python train.py config/mhc_27b.py --dry_run=True
+    python train.py config/mhc_27b.py --dry_run=True --plan_devices=64 --shard_size=8 --recompute=none
+    python train.py config/mhc_3b.py --dry_run=True --plan_devices=8 --plan_device=A100 --plan_mfu=0.35
+
+The parameters are counted on the model itself, built on the meta device. Memory and communication are derived from what
+parallel.py and recompute.py do; tests hold the activations against a run measured by LiveBytes and the communication
+against the bytes of the collectives themselves. All of it on CPUs: no figure here has been compared with a GPU's.
+
+Letters as in model.py; S shard_size, W processes, A micro-batches a step, L sublayers, N tokens of a micro-batch.
+"""
+
+import math
+import os
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import model as model_file
+from model import GPT, peak_flops
+from parallel import check_batch, check_layout, groups
+from recompute import best_block, block_cost
+
+MEMORY = {"B200": 180e9, "H200": 141e9, "H100": 80e9, "A100": 80e9, "MI300X": 192e9}  # bytes, from the makers
+COPIES_OF_LOGITS = 3  # of one chunk in the loss: as they come, in fp32, and their gradient
+
+
+# -- activations ----------------------------------------------------------------------------------------------------
+
+
+def attention_bytes(c, e):
+    """What MLA keeps for the backward per token, without its input z; e: bytes of an activation."""
+    H, head = c.n_head, c.qk_nope_head_dim + c.qk_rope_head_dim
+    q, k, kv = H * head, H * head, H * (c.qk_nope_head_dim + c.v_head_dim)  # v is a view into kv
+    kept = e * (q + k + kv + H * c.v_head_dim) + 4 * H  # the output, and the log-sum-exp of each row
+    ranks = (c.kv_lora_rank, c.q_lora_rank) if c.q_lora_rank else (c.kv_lora_rank,)
+    return kept + sum((8 + e) * r + 4 for r in ranks)  # each has a norm: its input and product in fp32, its output
+
+
+def mlp_bytes(hidden, e):
+    """SwiGLU: both projections, silu of one, the product."""
+    return 4 * e * hidden
+
+
+def moe_bytes(c, e):
+    """Gate, the k copies of each token sorted by expert, their SwiGLUs, their outputs, the shared experts."""
+    k, C = c.num_experts_per_tok, c.n_embd
+    gate = 4 * c.n_routed_experts + 4 + 32 * k + (4 * C if e == 2 else 0)  # fp32: a wider copy of bf16 input
+    routed = 2 * k * e * C + k * mlp_bytes(c.moe_intermediate_size, e)
+    return gate + routed + mlp_bytes(c.n_shared_experts * c.moe_intermediate_size, e)
+
+
+def boundary_bytes(c, e):
+    """The residual connection before one sublayer: the streams after it, F's output, the mappings."""
+    n, C = c.n_streams, c.n_embd
+    if c.residual == "baseline":
+        return 0
+    maps = 4 * (n + n * n) + 4 * (n * n + 2 * n) + 4  # H_post, H_res; the projections and r: all fp32
+    if c.residual == "hc":  # no fused kernel: the streams also in fp32 and normed, for the mappings and for H_pre x
+        return e * (n * C + C) + 4 * (2 if e == 2 else 1) * n * C + maps
+    return e * (n * C + C) + maps
+
+
+def norm_bytes(c, e):
+    """RMSNorm and F's input z: the norm's input and its product in fp32, z."""
+    return 8 * c.n_embd + 4 + e * c.n_embd
+
+
+def sublayer_bytes(c, e):
+    """Per sublayer, what F keeps without z: 2 n_layer numbers."""
+    dense, moe = mlp_bytes(c.intermediate_size, e), moe_bytes(c, e) if c.has_moe else 0
+    return [v for i in range(c.n_layer) for v in (attention_bytes(c, e), dense if i < c.first_k_dense_replace else moe)]
+
+
+def activation_bytes(c, recompute, block, e):
+    """Per token: (kept for the backward, the most a replay adds to it). block: sublayers in a segment."""
+    F, L = sublayer_bytes(c, e), 2 * c.n_layer
+    maps, start = boundary_bytes(c, e) + norm_bytes(c, e), e * c.n_streams * c.n_embd
+    if c.residual == "baseline":
+        maps += 0 if e == 4 else e * c.n_embd
+    starts = start * math.ceil(L / block)
+    ends = 2 * e * c.n_embd + 8 * c.n_embd  # collapse, final norm, what the head reads
+    if recompute == "none":
+        return sum(F) + maps * L + starts + ends, 0
+    if recompute == "mhc":
+        return sum(F) + e * c.n_embd * L + starts + ends, (maps - e * c.n_embd) * block  # F's outputs are there already
+    return starts + ends, max(sum(F[i : i + block]) + maps * block for i in range(0, L, block))
+
+
+# -- memory and communication ---------------------------------------------------------------------------------------
+
+
+def group_sizes(model):
+    """(parameters, whether in bf16) of each of FSDP2's groups, in the order of parallel.groups."""
+    seen, sizes = set(), []
+    for module, narrow in groups(model):
+        own = [p for p in module.parameters() if id(p) not in seen]
+        seen.update(id(p) for p in own)
+        sizes.append((sum(p.numel() for p in own), narrow))
+    return sizes
+
+
+def memory(model, s, world, block):
+    """{what: bytes} on one device. s: the run's settings."""
+    c, e = model.config, 2 if s["dtype"] == "bfloat16" else 4
+    P = sum(p.numel() for p in model.parameters())
+    S = (s["shard_size"] or world) if s["parallel"] == "fsdp" else 1
+    N = s["micro_batch_size"] * s["seq_len"]
+    micro_batches = s["batch_size"] // (s["micro_batch_size"] * world)
+    sizes = group_sizes(model)
+    parts = {"weights (fp32)": 4 * P // S, "gradients (fp32)": 4 * P // S, "AdamW's moments (fp32)": 8 * P // S}
+    if s["parallel"] == "fsdp":
+        largest = max(size for size, _ in sizes[:-1])
+        # the root stays for the step; of the others, one is used while the next arrives, and one is being reduced
+        parts["weights gathered"] = 4 * sizes[-1][0] + 2 * e * largest
+        parts["gradients on their way"] = (e + 4) * max(largest, sizes[-1][0])
+        if micro_batches > 1 and not s["reduce_always"]:
+            parts["whole gradients between micro-batches (reduce_always=False)"] = 4 * P
+    elif e == 2:
+        parts["weights in bf16 (autocast)"] = 2 * sum(size for size, narrow in sizes[1:] if narrow)
+    kept, replay = activation_bytes(c, s["recompute"], block, e)
+    parts["activations kept"], parts["activations replayed"] = N * kept, N * replay
+    parts["gradients of the streams"] = 3 * N * e * c.n_streams * c.n_embd
+    rows = min(N, max(1, model_file.LOGITS_AT_ONCE // c.vocab_size))
+    parts["logits"] = COPIES_OF_LOGITS * 4 * rows * c.vocab_size
+    return {name: int(value) for name, value in parts.items()}
+
+
+def communication(model, s, world):
+    """{what: bytes that one rank sends in a step}, by ring algorithms: gather and reduce-scatter move (S-1)/S of the
+    whole, all-reduce twice that."""
+    e = 2 if s["dtype"] == "bfloat16" else 4
+    micro_batches = s["batch_size"] // (s["micro_batch_size"] * world)
+    P = sum(p.numel() for p in model.parameters())
+    if s["parallel"] == "ddp":
+        return {"all-reduce of gradients": int(2 * (world - 1) / world * 4 * P)}
+    if s["parallel"] == "none":
+        return {}
+    S = s["shard_size"] or world
+    *inner, (root, _) = group_sizes(model)
+    passes = 3 if s["recompute"] == "full" else 2  # forward, replay of F, backward
+    embedding = inner[0][0] * (e if inner[0][1] else 4)
+    gathered = passes * sum(size * (e if narrow else 4) for size, narrow in inner[1:]) + 2 * embedding + 4 * root
+    share = (S - 1) / S
+    moved = {
+        "all-gather of weights": int(share * gathered * micro_batches),
+        "reduce-scatter of gradients": int(share * 4 * P * (micro_batches if s["reduce_always"] else 1)),
+    }
+    if S < world:
+        copies = world // S
+        moved["all-reduce between copies"] = int(2 * (copies - 1) / copies * 4 * P / S)
+    return moved
+
+
+# -- the report -----------------------------------------------------------------------------------------------------
+
+
+def block_length(config, s):
+    """Sublayers in a segment under the settings s, as recompute.apply has it."""
+    L = 2 * config.n_layer
+    best = {"none": L, "mhc": best_block(L, config.n_streams), "full": 1}[s["recompute"]]
+    return s["recompute_block"] if s["recompute_block"] > 0 else best
+
+
+def report(config, s):
+    """Print what the run with settings s would take. Raises ValueError, naming the rule, for one that cannot be."""
+    world = s["plan_devices"] or int(os.environ.get("WORLD_SIZE", 1))
+    check_layout(s["parallel"], world, s["shard_size"])
+    check_batch(s["batch_size"], s["micro_batch_size"], world)
+    if s["plan_device"] not in MEMORY:
+        raise ValueError(f"plan_device={s['plan_device']!r}: wanted one of {', '.join(MEMORY)}")
+    with torch.device("meta"):
+        model = GPT(config)
+    params, flops, block = model.num_params(), model.flops_per_token(), block_length(config, s)
+    for name, value in params.items():
+        print(f"params_{name}={value}")
+    print(f"flops_per_token={flops}")
+    tokens, L = s["max_steps"] * s["batch_size"] * s["seq_len"], 2 * config.n_layer
+    peak = peak_flops(s["plan_device"])
+    days = flops * tokens / (peak * s["plan_mfu"] * world) / 86400
+    print(f"steps={s['max_steps']}  tokens={tokens}  ({tokens / 1e9:.1f}B)")
+    print(f"days={days:.1f} on {world} x {s['plan_device']} at plan_mfu={s['plan_mfu']} of {peak / 1e12:.0f} TFLOP/s")
+    best = best_block(L, config.n_streams)
+    print(f"L_r*={best} of {L} sublayers (Eq 20: {block_cost(L, best, config.n_streams)} C a token); "
+          f"recompute={s['recompute']!r}, segments of {block}")  # fmt: skip
+    copies = world // (s["shard_size"] or world) if s["parallel"] == "fsdp" else world
+    print(f"layout: {world} devices, parallel={s['parallel']!r}, {copies} copies of the weights")
+    print_bytes("memory per device", memory(model, s, world, block), MEMORY[s["plan_device"]])
+    print_bytes("sent by each rank in a step", communication(model, s, world))
+
+
+def print_bytes(title, parts, limit=None):
+    total = sum(parts.values())
+    print(f"{title}: {total / 1e9:.2f} GB" + ("" if limit is None else
+          f", {'fits in' if total <= limit else 'DOES NOT FIT in'} {limit / 1e9:.0f} GB"))  # fmt: skip
+    for name, value in parts.items():
+        print(f"  {value / 1e9:10.3f} GB  {name}")
+
+
+def check_fits(model, s, ranks):
+    """Raise ValueError before anything is allocated if the run needs more memory than the device has. The model may
+    still be on the meta device."""
+    if ranks.device.type == "cuda":
+        has = torch.cuda.get_device_properties(ranks.device).total_memory
+    elif ranks.device.type == "mps":
+        has = torch.mps.recommended_max_memory()
+    else:
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needs = memory(model, s, ranks.world, block_length(model.config, s))
+    if sum(needs.values()) > has:
+        most = sorted(needs, key=needs.get, reverse=True)[:3]
+        raise ValueError(
+            f"the run needs about {sum(needs.values()) / 1e9:.1f} GB on each device, and it has {has / 1e9:.1f}: "
+            + ", ".join(f"{name} {needs[name] / 1e9:.1f}" for name in most)
+            + "; use more processes with parallel='fsdp', recompute='mhc' or 'full', or a smaller micro_batch_size"
+        )
+
+
+# -- measuring ------------------------------------------------------------------------------------------------------
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the memory of all tensors made while it is active: .now, and .peak, the most there was.
+
+    Tensors that were there before are not counted, if named in `existing`. CPU only: its backward runs in this thread.
+    """
+
+    def __init__(self, existing=()):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = {t.untyped_storage()._cdata for t in existing}
+        self.existing = list(existing)  # alive, so that no new storage takes their place
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.untyped_storage()._cdata not in self.known:
+                storage = t.untyped_storage()
+                self.known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        return out
+
+    def gone(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+def measured_bytes(model, idx, targets, autocast=False):
+    """(bytes saved for the backward by one forward, the peak during that backward) of a model on the CPU."""
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    known = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters()), idx, targets]
+    with LiveBytes(known) as live:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(idx, targets)[1]
+        saved = live.peak = live.now
+        loss.backward()
+    return saved, live.peak
+
