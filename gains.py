@@ -89,10 +89,11 @@ def res_gradients(residuals):
     return norms
 
 
-def alarms(grad_norms, spreads, H_res):
+def alarms(residual, grad_norms, spreads, H_res):
     """Lines that name mappings which cannot learn any more, or never could; none for a healthy model.
 
-    grad_norms: res_gradients(); spreads: stream_spread of the x each sublayer reads; H_res: list of (..., n, n).
+    residual: 'hc' | 'mhc'; grad_norms: res_gradients(); spreads: stream_spread of the x each sublayer reads; H_res: a
+    list of (..., n, n).
     The first sublayer's streams are identical by construction, and dead maps have None for a gradient: not reported.
     """
     lines = []
@@ -101,9 +102,10 @@ def alarms(grad_norms, spreads, H_res):
     for i, (grad, spread, H) in enumerate(zip(grad_norms, spreads, H_res, strict=True)):
         where, n = f"alarm: sublayer {i + 1}:", H.shape[-1]
         if grad is not None and grad <= 1e-6 * median:
-            lines.append(f"{where} the gradient of phi_res is {grad:.1e}, the median over sublayers {median:.1e}")
+            weight = "phi_res" if residual == "mhc" else "theta_res"
+            lines.append(f"{where} the gradient of {weight} is {grad:.1e}, the median over sublayers {median:.1e}")
         if i > 0 and n > 1 and spread < 1e-6:
             lines.append(f"{where} all {n} streams are identical (relative spread {spread:.1e})")
-        if grad is not None and n > 1 and (H * (1 - H)).abs().max() < 1e-6:
+        if residual == "mhc" and grad is not None and n > 1 and (H * (1 - H)).abs().max() < 1e-6:
             lines.append(f"{where} Sinkhorn is saturated: every entry of H_res is 0 or 1, and learns no more")
     return lines

@@ -26,12 +26,14 @@ import numpy as np
 import torch
 
 import checkpoint
+import plan
 import recompute as recomputation
 from configurator import above, at_least, between, configure, fail, one_of
 from data import Corpus, DataError, order
 from gains import alarms, gains, heat_maps, res_gradients, stream_spread
 from model import GPT, GPTConfig, peak_flops
 from parallel import PARALLEL, check_batch, only_rank_0_prints, start
+from sinkhorn_kernel import resolve_impl
 
 # -- the run --------------------------------------------------------------------------------------------------------
 out_dir = "out/run"
@@ -92,6 +94,9 @@ reduce_always = False  # fsdp: reduce gradients after every micro-batch, and kee
 rank_timeout = 600.0  # seconds after which a process that does not answer ends the run
 recompute = "none"  # 'mhc': replay the mappings in the backward (Table 3) | 'full': the sublayers too
 recompute_block = -1  # sublayers between two kept x; -1: L_r* of Eq 20
+plan_devices = 0  # with dry_run: devices to plan for; 0: as many as torchrun started, else 1
+plan_device = "H100"  # with dry_run: their kind, see plan.py
+plan_mfu = 0.4  # with dry_run: the share of their peak FLOP/s that is used
 # -- watching -------------------------------------------------------------------------------------------------------
 eval_interval = 100  # steps between evaluations
 eval_sequences = 64  # of the validation split, always the first ones
@@ -110,6 +115,8 @@ RULES = {
     "collapse": one_of("sum", "head"),
     "lr_schedule": one_of("step", "cosine", "constant"),
     "parallel": one_of(*PARALLEL),
+    "plan_device": one_of(*plan.MEMORY),
+    "plan_mfu": above(0),
     "rank_timeout": above(0),
     "recompute": one_of(*recomputation.RECOMPUTE),
     "recompute_block": at_least(-1),
@@ -123,8 +130,8 @@ RULES = {
         at_least(1),
     ),
     **dict.fromkeys(
-        "seed shard_size q_lora_rank first_k_dense_replace n_routed_experts n_shared_experts warmup_steps min_lr_ratio "
-        "norm_eps adam_eps weight_decay grad_clip bias_update_speed init_std".split(),
+        "seed shard_size plan_devices q_lora_rank first_k_dense_replace n_routed_experts n_shared_experts warmup_steps "
+        "min_lr_ratio norm_eps adam_eps weight_decay grad_clip bias_update_speed init_std".split(),
         at_least(0),
     ),
     **dict.fromkeys(("lr", "rope_theta", "route_scale"), above(0)),
@@ -172,9 +179,10 @@ def numbers(name):
         fail(f"{name}={globals()[name]!r}: wanted numbers with commas between them, like '0.8,0.9'")
 
 
-def check_settings():
-    """What no rule about a single setting can see."""
+def check_settings(on):
+    """What no rule about a single setting can see; `on`: the kind of device."""
     try:
+        resolve_impl(impl, on)
         check_batch(batch_size, micro_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as e:
         fail(str(e))
@@ -265,7 +273,7 @@ def look_at_maps(model, corpus, ranks):
         path = os.path.join(out_dir, "maps.npz")
         np.savez(path + ".tmp.npz", **heat_maps(H_res))
         os.replace(path + ".tmp.npz", path)
-    return gains(H_res), alarms(res_gradients(model.residuals()), spreads, H_res)
+    return gains(H_res), alarms(residual, res_gradients(model.residuals()), spreads, H_res)
 
 
 def peak_megabytes(device):
@@ -355,6 +363,7 @@ def build_model(settings, vocab, ranks):
         model = GPT(model_config(settings))
     try:
         recomputation.apply(model, recompute, recompute_block)
+        plan.check_fits(model, settings, ranks)
     except ValueError as e:
         fail(str(e))
     if compile:
@@ -395,7 +404,8 @@ def save(step, model, optimizer, settings, state, records):
 
 def mfu_per_token_rate(model, ranks):
     """Model FLOPs utilisation at one token a second over all devices; None where a device's peak is not known."""
-    peak = peak_flops(torch.cuda.get_device_name()) if ranks.device.type == "cuda" else None
+    known = ranks.device.type == "cuda" and dtype == "bfloat16"  # the peaks are those of bf16
+    peak = peak_flops(torch.cuda.get_device_name()) if known else None
     return model.flops_per_token() / peak / ranks.world if peak else None
 
 
@@ -443,8 +453,14 @@ def main():
     """Settings, then the run on this process among however many there are."""
     only_rank_0_prints()
     settings = configure(globals(), RULES)
-    check_settings()
+    if dry_run:
+        settings["vocab_size"] = vocab_size or open_corpora()[0].vocab_size
+        try:
+            return plan.report(model_config(settings), settings)
+        except ValueError as e:
+            fail(str(e))
     on = resolve_device(device)
+    check_settings(on)
     train_data, val_data = open_corpora()
     try:
         ranks = start(parallel, on, shard_size, rank_timeout)
@@ -460,7 +476,8 @@ def train(settings, train_data, val_data, ranks):
     net, optimizer = ranks.wrap(model), make_optimizer(model)
     first, state = begin(model, optimizer, provenance(settings, train_data, val_data))
     records, profiler, stop = Log(settings, ranks.is_main), start_profiler(ranks.is_main), checkpoint.Stop(ranks.device)
-    print(f"{ranks.device.type}, {dtype}, residual {residual}, {model.num_params()['total']:,} parameters -> {out_dir}")
+    how = f"mhc_step {resolve_impl(impl, ranks.device)}" if residual == "mhc" else f"residual {residual}"
+    print(f"{ranks.device.type}, {dtype}, {how}, {model.num_params()['total']:,} parameters -> {out_dir}")
     flops_share = mfu_per_token_rate(model, ranks)
 
     step_times = []

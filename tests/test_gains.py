@@ -55,7 +55,8 @@ HEALTHY = [torch.full((2, 2), 0.5)] * 3
 
 
 def test_a_healthy_model_raises_no_alarm_nor_do_maps_dead_by_construction():
-    assert alarms([None, 1.0, 2.0], [0.0, 0.3, 0.3], HEALTHY) == []
+    assert alarms("mhc", [None, 1.0, 2.0], [0.0, 0.3, 0.3], HEALTHY) == []
+    assert alarms("hc", [None, 1.0, 2.0], [0.0, 0.3, 0.3], [torch.eye(2)] * 3) == []  # HC starts at the identity
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_a_healthy_model_raises_no_alarm_nor_do_maps_dead_by_construction():
     ],
 )
 def test_a_dead_map_raises_its_alarm(grads, spreads, H_res, words):
-    (line,) = alarms(grads, spreads, H_res)
+    (line,) = alarms("mhc", grads, spreads, H_res)
     assert line.startswith("alarm: ") and words in line
 
 

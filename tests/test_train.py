@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import train
+from parallel import start
 from prepare_data import load_tokenizer
 
 TINY = (
@@ -97,7 +98,7 @@ def test_figures_of_a_run_in_progress(runs, tmp_path):
         (["--data_dir=nowhere"], "nowhere"), (["--vocab_size=100"], "vocab_size=100"),
         (["--qk_rope_head_dim=7"], "qk_rope_head_dim=7"), (["--decay_at=0.5"], "decay_at"),
         (["--decay_rates=a,b"], "decay_rates='a,b'"), (["--residual=resnet"], "residual='resnet'"),
-        (["--num_experts_per_tok=9"], "num_experts_per_tok=9"),
+        (["--num_experts_per_tok=9"], "num_experts_per_tok=9"), (["--impl=triton"], "impl='triton' cannot run"),
     ],
 )  # fmt: skip
 def test_impossible_runs_end_in_one_line(runs, flags, words):
@@ -146,6 +147,6 @@ def test_a_step_that_is_not_finite_is_skipped(monkeypatch):
     model(tokens(), tokens(1))[1].backward()
     model.norm.weight.grad[0] = math.nan
     before = [p.detach().clone() for p in model.parameters()]
-    norm, _ = train.optimizer_step(model, optimizer, 0)
+    norm, _ = train.optimizer_step(model, optimizer, 0, start())
     assert math.isnan(norm) and all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert model.expert_load().sum() == 0 and all((g.e_score_correction_bias == 0).all() for g in model.gates())
