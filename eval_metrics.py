@@ -98,9 +98,9 @@ def bbh_harness_answer(text):
 
 
 def triviaqa_normalize(text):
-    """The official normalisation: '_' and punctuation become spaces, lower case, no articles, single spaces."""
+    """The official normalisation: punctuation ('_' too) becomes spaces, lower case, no articles, single spaces."""
     punctuation = set(string.punctuation + "‘’´`")
-    text = "".join(" " if c in punctuation else c for c in text.replace("_", " ").lower())
+    text = "".join(" " if c in punctuation else c for c in text.lower())
     return " ".join(ARTICLES.sub(" ", text).split())
 
 

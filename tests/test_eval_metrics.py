@@ -49,8 +49,8 @@ def test_bbh_answers():
 
 def test_triviaqa():
     aliases = ["The Hague", "'s-Gravenhage"]
-    assert em.triviaqa_em("the_HAGUE!", aliases) == em.triviaqa_em("S Gravenhage", aliases) == 1.0
-    assert em.triviaqa_em("sGravenhage", aliases) == em.triviaqa_em("in The Hague", aliases) == 0.0
+    for text, right in (("the_HAGUE!", 1), ("hague", 1), ("S Gravenhage", 1), ("sGravenhage", 0), ("in The Hague", 0)):
+        assert em.triviaqa_em(text, aliases) == right
     assert em.triviaqa_harness_em(" sgravenhage ", aliases) == 1.0  # deleted here, a space there
     assert em.triviaqa_harness_em("Hague", aliases) == 0.0  # articles stay here
 
@@ -74,7 +74,7 @@ def test_drop_normalisation():
         ("Reds", [("Reds", "Blues")], 0.5, 0),  # one of two spans
         (["Blues", "Reds"], [("Reds", "Blues")], 1.0, 1),
         ("Blues", [("Reds",), ("Blues",)], 1.0, 1),  # the best of several golds
-        ("x", [("",)], 0.0, 0),  # an empty gold counts for nothing
+        ("", [("",)], 0.0, 0),  # an empty gold counts for nothing
         (["a b c", "b"], [("b", "b c d")], 0.9, 0),  # see below
     ],
 )
@@ -92,9 +92,9 @@ def test_drop_rounds_as_numpy_does():
 
 def test_assignment_is_the_best_of_all():
     rng = random.Random(1)
-    for _ in range(60):
-        n, m = rng.randint(1, 4), rng.randint(4, 6)
-        scores = [[rng.choice([0.0, rng.random()]) for _ in range(m)] for _ in range(n)]
+    for _ in range(100):
+        n, m = rng.randint(1, 5), rng.randint(5, 6)
+        scores = [[rng.choice([0.0, 0.5, rng.random()]) for _ in range(m)] for _ in range(n)]
         every = (sum(scores[i][j] for i, j in enumerate(columns)) for columns in itertools.permutations(range(m), n))
         assert sum(em.best_assignment(scores)) == pytest.approx(max(every), abs=1e-12)
 
