@@ -286,12 +286,29 @@ def generate_batch(runner, vocabulary, prompts, cache, stops, budget):
     h, cache = runner.extend(cache, [0] * len(prompts), prompts, room=budget)
     h = h[torch.arange(len(prompts)), [len(p) - 1 for p in prompts]]  # (R, C) at each prompt's last token
     texts = [bytearray() for _ in prompts]
-    live = list(range(len(prompts)))  # the rows of the cache, as numbers of prompts
+
+    def pick(logits, rows):
+        return logits.masked_fill(vocabulary.forbidden, -torch.inf).argmax(-1).tolist()
+
+    def take(row, token):
+        return token != vocabulary.eot and not ended(texts[row], vocabulary.bytes[token], stops)
+
+    continue_rows(runner, h, cache, budget, pick, take)
+    return [cut(text, stops).decode(errors="replace") for text in texts]
+
+
+def continue_rows(runner, h, cache, budget, pick, take):
+    """The loop of generation: up to `budget` tokens behind each row of `cache`, which has room for them.
+
+    h (R, C): the model's output at each row's last token. pick(logits (M, vocab), rows) -> M tokens, `rows` saying
+    which of the R rows they are for; take(row, token) -> whether this row goes on. Rows that do not are soon dropped.
+    """
+    live = list(range(len(h)))  # the rows of the cache, as numbers of the rows it began with
     running = set(live)
     for left in range(budget, 0, -1):
-        tokens = runner.logits(h).masked_fill(vocabulary.forbidden, -torch.inf).argmax(-1).tolist()
+        tokens = pick(runner.logits(h), live)
         for row, token in zip(live, tokens, strict=True):
-            if row in running and (token == vocabulary.eot or ended(texts[row], vocabulary.bytes[token], stops)):
+            if row in running and not take(row, token):
                 running.discard(row)
         if not running or left == 1:
             break
@@ -300,7 +317,6 @@ def generate_batch(runner, vocabulary, prompts, cache, stops, budget):
             cache = cache.rows(torch.tensor(keep, device=runner.device))
             live, tokens = [live[k] for k in keep], [tokens[k] for k in keep]
         h = runner.hidden([[token] for token in tokens], cache)[:, 0]
-    return [cut(text, stops).decode(errors="replace") for text in texts]
 
 
 def ended(text, new, stops):
