@@ -46,9 +46,9 @@ minutes = 60.0  # the drill gives up after these; rounds not made are lost
 
 RULES = {"rounds": at_least(1), "ranks": at_least(2), "parallel": one_of("ddp", "fsdp"), "rank_timeout": at_least(2)}
 TINY = (
-    "--seq_len=16 --n_layer=1 --first_k_dense_replace=0 --n_embd=32 --n_head=2 --kv_lora_rank=16 "
-    "--qk_nope_head_dim=8 --qk_rope_head_dim=8 --v_head_dim=8 --n_routed_experts=4 --num_experts_per_tok=2 "
-    "--moe_intermediate_size=16 --micro_batch_size=1 --lr=1e-3 --warmup_steps=2 --lr_schedule=constant --eval_interval=30 --eval_sequences=4 "
+    "--seq_len=16 --n_layer=1 --first_k_dense_replace=0 --n_embd=32 --n_head=2 --kv_lora_rank=16 --qk_nope_head_dim=8 "
+    "--qk_rope_head_dim=8 --v_head_dim=8 --n_routed_experts=4 --num_experts_per_tok=2 --moe_intermediate_size=16 "
+    "--micro_batch_size=1 --lr=1e-3 --warmup_steps=2 --lr_schedule=constant --eval_interval=30 --eval_sequences=4 "
     "--device=cpu --impl=ref"
 ).split()
 FOR_EVER = 10**9  # max_steps while faults are made
