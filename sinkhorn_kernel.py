@@ -1,6 +1,50 @@
-"""The residual mappings of mHC: `sinkhorn`, `mhc_coeffs`, `mhc_pre`, `mhc_post_res`, and `mhc_step` that joins them.
+"""mHC's residual connection on a GPU: everything between two sublayers as one operation, in Triton.
 
-(essay to come)
+    x_next, x_in, H_post, H_res = mhc_step(x, y, H_post, H_res, phi, alpha, b)    # first sublayer: y = H_* = None
+    x_next = mhc_post_res(x, y, H_post, H_res)                                    # after the last one
+
+What is fused. Sublayer l reads n streams x through H_pre and writes its output y back through H_post and H_res (Eq 3).
+The mappings of sublayer l+1 are functions of x_next alone, and x_next is made from x and y of sublayer l. So the unit
+is not the sublayer but the *boundary*: close l, map and read for l+1, while x_next's tiles are in registers.
+
+    x_next[i] = sum_j H_res[i, j] x[j] + H_post[i] y               Eq 3; rounded to x's dtype before anything reads it
+    proj = vec(x_next) phi ;  r = |vec(x_next)| / sqrt(nC)          Eq 14, 15: one pass, the norm divided out after
+    pre | post | res = alpha / r * proj + b                         Eq 16
+    H_pre = sigmoid, H_post = 2 sigmoid, H_res = Sinkhorn-Knopp     Eq 17-19, Eq 9
+    x_in = sum_i H_pre[i] x_next[i]                                 what sublayer l+1 reads
+
+Layout. x (T, n, C) with C contiguous, T all leading dimensions as one; a tile is BT tokens by BC channels of a stream.
+A program owns BT tokens. phi (nC, n^2+2n) is fp32 with columns pre | post | res; logit (i, j) of H_res is column
+2n + n*i + j. Mappings and sums are fp32 whatever x is.
+
+Bytes. The unit is C elements of x a token; n = 4. The arithmetic is nothing, these are the cost.
+    forward    pass 1:  reads x, y and writes x_next                     4 + 1 + 4
+               pass 2:  reads x, y and writes x_in                       4 + 1 + 1                15
+    backward   maps:    reads x_next and d_x_in, for d_H_pre             4 + 1
+               streams: reads d_x_next, d_x_in, x, y; writes d_x, d_y    4 + 1 + 4 + 1 + 4 + 1
+               phi:     reads x_next, for d_phi                          4                        24
+The paper's three forward kernels move 18, unfused ones 34 (its Table 2: 5n+1 read and 3n+1 written).
+phi comes on top: 24 fp32 columns are 192/BT units a program and pass (3 at BT = 64), most of it from L2. Counted, not
+estimated, by `python bench.py traffic`. What would go lower: pass 2 needs all of x_next before its first channel, and
+64 tokens of it (1.3 MB) fit no register file or shared memory, so 10 units is only for a cache that holds every
+program's tile; folding d_phi into `streams` would save 4 but holds one more accumulator than the register file has.
+
+No barrier. Pass 2 recomputes x_next from x and y (5 units) instead of reading back what pass 1 wrote (4). The read-back
+would be within one program, but between threads unless the layouts agree, so it needs a barrier, and on AMD a wait
+for stores before it, that no test here can see fail. One unit buys not having to argue. Across kernels the launch order
+is the barrier.
+
+Backward. Saved: x, y, H_post, H_res, proj, r, and x_next, which is the next boundary's x: the same tensor, saved twice,
+stored once. Nothing of Sinkhorn: all iterations are replayed on chip (a gradient from the final matrix alone is wrong
+by more than 100 % at logits of standard deviation 6). Sums over programs (d_alpha, d_b, d_phi, d_H_post, d_H_res) are
+written as shares and added in a fixed order: no atomics, the same bits in every run.
+
+Precision. phi is multiplied as three bf16 terms when x is bf16 (24 bits, products exact in fp32) and as tf32x3 if not,
+both on tensor cores; the gradient through phi to a bf16 x is tf32. DOTS = 'ieee' asks for plain fp32 everywhere.
+
+What it trades. Compile-time switches (HAS_Y, HAS_NEXT) instead of three operations; registers (one program to an SM)
+for bytes; for x in fp32, or n = 8, correctness without the promise that nothing spills. tests/test_kernel_compile.py
+guards what the compiler makes of it; where the order of lines matters to it, a comment says so.
 """
 
 from __future__ import annotations
@@ -48,10 +92,9 @@ def load_streams(ptr, row, c, live, C, n: tl.constexpr):
 
 @jit
 def load_entries(ptr, row, live, k: tl.constexpr):
-    """k vectors (BT,): the entries of a (tokens, k) map.
+    """k vectors (BT,): the entries of a (tokens, k) map: one load, then sums that pick a column each.
 
-    Each is a sum that picks one column, not a load of its own: the compiler moves the matrix layout of a product's
-    operand back through arithmetic to the loads behind it, and every tile would be held twice. A sum stops it.
+    k loads of (BT,) would do, and spill: their results are kept in as many layouts as the tiles they multiply.
     """
     column = tl.arange(0, k)[None, :]
     entries = tl.load(ptr + row[:, None] * k + column, live[:, None], 0.0)
@@ -346,17 +389,21 @@ def streams_backward_kernel(
             d_x_in = tl.load(d_x_in_ptr + row[:, None] * C + c[None, :], tile, 0.0).to(tl.float32)
         for i in tl.static_range(n):
             streams = row[:, None] * (n * C) + i * C + c[None, :]
-            d = tl.zeros((BT, BC), tl.float32)  # gradient of x_next[i]: what came in, then its three readers here
+            # d: gradient of x_next[i]. Its three readers here were proj = v @ phi (Eq 14), r = sqrt(mean(v^2) + eps)
+            # (Eq 15) and x_in = sum_i H_pre[i] x_next[i]. The product comes first: in the other order the compiler
+            # gives its matrix layout to the loads and to all arithmetic after them, and spills kilobytes.
+            if HAS_NEXT:
+                at_phi = (i * C + c)[:, None] * M + m[None, :]
+                phi = tl.load(phi_ptr + at_phi, (c < C)[:, None] & (m < M)[None, :], 0.0)  # (BC, MP)
+                d = tl.trans(tl.dot(phi, d_proj_T, input_precision=PRECISION))
+            else:
+                d = tl.zeros((BT, BC), tl.float32)
             if HAS_Y:
-                d = tl.load(d_x_next_ptr + streams, tile, 0.0).to(tl.float32)
+                d += tl.load(d_x_next_ptr + streams, tile, 0.0).to(tl.float32)
             if HAS_NEXT:
                 x_next = x[i]
                 if HAS_Y:
                     x_next = mix(i, x, y, H_post, H_res, n).to(x_ptr.dtype.element_ty).to(tl.float32)
-                # proj = v @ phi (Eq 14); x_in = sum_i H_pre[i] x_next[i]; r = sqrt(mean(v^2) + eps) (Eq 15)
-                at_phi = (i * C + c)[:, None] * M + m[None, :]
-                phi = tl.load(phi_ptr + at_phi, (c < C)[:, None] & (m < M)[None, :], 0.0)  # (BC, MP)
-                d += tl.trans(tl.dot(phi, d_proj_T, input_precision=PRECISION))
                 d += H_pre[i][:, None] * d_x_in + d_square[:, None] * x_next
             if HAS_Y:
                 # x_next[i] = sum_j H_res[i, j] x[j] + H_post[i] y
@@ -431,25 +478,48 @@ def sinkhorn_backward_kernel(
 # ----------------------------------------------------------------------------------------------------------------------
 # Launches.
 
-BLOCKS = {  # kernel: tokens, channels, warps of one program, for n = 4
-    "step": (64, 64, 8),
-    "maps_backward": (16, 64, 4),
-    "streams_backward": (32, 64, 8),
-    "phi_backward": (64, 256, 8),
-    "sinkhorn": (64, 1, 4),
-    "sinkhorn_backward": (16, 1, 4),
+# Tokens, channels, warps and pipeline stages of one program, by maker and kernel; n = 8 has rows of its own. Chosen by
+# compiling, not by timing: the largest tiles that spill nothing for bf16 x. phi costs 192/BT units a pass, so BT is as
+# large as registers allow; 64 bytes a row (BC = 32) are two full sectors. AMD has 64 KB of shared memory a workgroup,
+# hence fewer stages. Widths smaller than a tile shrink it (blocks). `maps` has no product, so it is not pipelined.
+BLOCKS = {
+    "nvidia": {
+        "step": (64, 32, 8, 3),
+        "maps": (16, 64, 4, 1),
+        "streams": (32, 64, 8, 3),
+        "phi": (32, 256, 8, 3),
+        "sinkhorn": (64, 1, 4, 1),
+        "sinkhorn_backward": (16, 1, 4, 1),
+    },
+    "amd": {
+        "step": (64, 32, 8, 2),
+        "maps": (16, 64, 4, 1),
+        "streams": (32, 32, 8, 2),
+        "phi": (32, 256, 8, 2),
+        "sinkhorn": (64, 1, 4, 1),
+        "sinkhorn_backward": (16, 1, 4, 1),
+    },
 }
-SPLITS = 4  # shares of the sums over channels (d_H_post, d_H_res) and, at most, over tokens (d_phi)
+BLOCKS_8_STREAMS = {"step": (32, 16, 8, 1), "streams": (16, 32, 8, 1), "phi": (32, 128, 8, 2)}
+CHANNEL_SHARES = 4  # programs that split the channels in `streams`; each writes its share of d_H_post and d_H_res
+TOKEN_SHARES = 8  # at most so many programs split the tokens in `phi`, 256 or more each; each writes its share of d_phi
+DOTS = "auto"  # or 'ieee': products in plain fp32, without tensor cores on NVIDIA
+MAKER = "amd" if torch.version.hip else "nvidia"
 
 
 def blocks(kernel, n, C):
-    BT, BC, warps = BLOCKS[kernel]
-    return BT, max(16, min(BC, triton.next_power_of_2(C))), warps
+    """Tokens, channels, and the launch options of one program."""
+    BT, BC, warps, stages = (BLOCKS_8_STREAMS if n == 8 else {}).get(kernel, BLOCKS[MAKER][kernel])
+    return BT, max(16, min(BC, triton.next_power_of_2(C))), {"num_warps": warps, "num_stages": stages}
 
 
-def precision(x):
-    """How the products with fp32 phi and d_proj are multiplied: exactly enough for x's dtype, on tensor cores."""
-    return "3xbf16" if x.dtype == torch.bfloat16 else "tf32x3"
+def precision(x, to_bf16=False):
+    """How a product with fp32 phi or d_proj is multiplied; to_bf16: the result ends in a bf16 gradient."""
+    if DOTS == "ieee" or (MAKER == "amd" and x.dtype != torch.bfloat16):
+        return "ieee"
+    if x.dtype != torch.bfloat16:
+        return "tf32x3"
+    return "tf32" if to_bf16 else "3xbf16"
 
 
 def _tokens(x):
@@ -465,11 +535,11 @@ def step_op(
     outs = step_shapes(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps)
     (n, C), T = x.shape[-2:], _tokens(x)
     if T:
-        BT, BC, warps = blocks("step", n, C)
+        BT, BC, options = blocks("step", n, C)
         ins = [None if t is None else t.contiguous() for t in (x, y, H_post, H_res, phi, alpha, b)]
         mhc_step_kernel[(triton.cdiv(T, BT),)](
             *ins, *outs, T, C, eps, n=n, ITERS=sinkhorn_iters, HAS_Y=y is not None, HAS_NEXT=phi is not None,
-            PRECISION=precision(x), BT=BT, BC=BC, num_warps=warps,
+            PRECISION=precision(x), BT=BT, BC=BC, **options,
         )  # fmt: skip
     return outs
 
@@ -499,41 +569,55 @@ def step_backward_op(
     (n, C), T = x.shape[-2:], _tokens(x)
     if not T:
         return [t.zero_() for t in outs]
-    f32, M = {"dtype": torch.float32, "device": x.device}, n * n + 2 * n
-    MP = max(16, triton.next_power_of_2(M))
     d_x_next, d_x_in, d_H_post_next, d_H_res_next, x, y, H_post, H_res, x_next, phi, alpha, b, proj, r = [
         None if t is None else t.contiguous() for t in args
     ]
     H_pre = d_proj = d_square = None
     if phi is not None:
-        BT, BC, warps = blocks("maps_backward", n, C)
-        programs = triton.cdiv(T, BT)
-        H_pre, d_proj, d_square = (torch.empty(s, **f32) for s in ((T, n), (T, M), (T,)))
-        d_alpha_b = torch.empty(programs, 2, M, **f32)
-        maps_backward_kernel[(programs,)](
-            x_next, d_x_in, d_H_post_next, d_H_res_next, proj, r, alpha, b, H_pre, d_proj, d_square, d_alpha_b, T, C,
-            n=n, ITERS=sinkhorn_iters, HISTORY=triton.next_power_of_2(max(1, sinkhorn_iters)), BT=BT, BC=BC,
-            num_warps=warps,
-        )  # fmt: skip
-        d_b, d_scale = d_alpha_b.sum(0).unbind(0)
-        d_b, d_alpha = d_b.clone(), torch.stack([part.sum() for part in d_scale.split([n, n, n * n])])
-        BT, BK, warps = blocks("phi_backward", n, n * C)
-        splits = min(SPLITS, triton.cdiv(T, BT))
-        steps = triton.cdiv(triton.cdiv(T, BT), splits)
-        shares = torch.empty(splits, n * C, M, **f32)
-        phi_backward_kernel[(triton.cdiv(n * C, BK), splits)](
-            x_next, d_proj, shares, T, n * C, steps, M=M, MP=MP, PRECISION=precision(x), BT=BT, BK=BK, num_warps=warps
-        )
-        d_phi = shares.sum(0)
-    BT, BC, warps = blocks("streams_backward", n, C)
-    splits = min(SPLITS, triton.cdiv(C, BC))
-    post_shares, res_shares = (torch.empty(splits, *t.shape, **f32) for t in (d_H_post, d_H_res))
-    streams_backward_kernel[(triton.cdiv(T, BT), splits)](
-        x, y, H_post, H_res, phi, d_x_next, d_x_in, H_pre, d_proj, d_square, d_x, d_y, post_shares, res_shares,
-        T, C, triton.cdiv(triton.cdiv(C, BC), splits), n=n, MP=MP, HAS_Y=y is not None, HAS_NEXT=phi is not None,
-        PRECISION="tf32" if x.dtype == torch.bfloat16 else "tf32x3", BT=BT, BC=BC, num_warps=warps,
+        maps = (d_H_post_next, d_H_res_next, proj, r, alpha, b)
+        H_pre, d_proj, d_square, d_alpha, d_b = maps_backward(x_next, d_x_in, *maps, sinkhorn_iters)
+        d_phi = phi_backward(x_next, d_proj)
+    BT, BC, options = blocks("streams", n, C)
+    shares = min(CHANNEL_SHARES, triton.cdiv(C, BC))
+    d_H_post, d_H_res = (t.new_empty(shares, *t.shape) for t in (d_H_post, d_H_res))
+    streams_backward_kernel[(triton.cdiv(T, BT), shares)](
+        x, y, H_post, H_res, phi, d_x_next, d_x_in, H_pre, d_proj, d_square, d_x, d_y, d_H_post, d_H_res,
+        T, C, triton.cdiv(triton.cdiv(C, BC), shares), n=n, MP=padded_columns(n), HAS_Y=y is not None,
+        HAS_NEXT=phi is not None, PRECISION=precision(x, to_bf16=True), BT=BT, BC=BC, **options,
     )  # fmt: skip
-    return [d_x, d_y, post_shares.sum(0), res_shares.sum(0), d_phi, d_alpha, d_b]
+    return [d_x, d_y, d_H_post.sum(0), d_H_res.sum(0), d_phi, d_alpha, d_b]
+
+
+def maps_backward(x_next, d_x_in, d_H_post, d_H_res, proj, r, alpha, b, sinkhorn_iters):
+    """-> H_pre again, the gradients of proj and (as a factor on x_next) of the norm; those of alpha and b."""
+    (n, C), T, M = x_next.shape[-2:], _tokens(x_next), proj.shape[-1]
+    BT, BC, options = blocks("maps", n, C)
+    programs = triton.cdiv(T, BT)
+    H_pre, d_proj, d_square = r.new_empty(T, n), r.new_empty(T, M), r.new_empty(T)
+    shares = r.new_empty(programs, 2, M)
+    maps_backward_kernel[(programs,)](
+        x_next, d_x_in, d_H_post, d_H_res, proj, r, alpha, b, H_pre, d_proj, d_square, shares, T, C,
+        n=n, ITERS=sinkhorn_iters, HISTORY=triton.next_power_of_2(max(1, sinkhorn_iters)), BT=BT, BC=BC, **options,
+    )  # fmt: skip
+    d_b, d_scale = shares.sum(0)
+    return H_pre, d_proj, d_square, torch.stack([part.sum() for part in d_scale.split([n, n, n * n])]), d_b.clone()
+
+
+def phi_backward(x_next, d_proj):
+    """d_phi (nC, n^2+2n) = vec(x_next)^T d_proj, as shares over tokens, summed in order."""
+    (n, C), T, M = x_next.shape[-2:], _tokens(x_next), d_proj.shape[-1]
+    BT, BK, options = blocks("phi", n, n * C)
+    shares = min(TOKEN_SHARES, triton.cdiv(T, 256))
+    d_phi = d_proj.new_empty(shares, n * C, M)
+    phi_backward_kernel[(triton.cdiv(n * C, BK), shares)](
+        x_next, d_proj, d_phi, T, n * C, triton.cdiv(triton.cdiv(T, BT), shares), M=M, MP=padded_columns(n),
+        PRECISION=precision(x_next), BT=BT, BK=BK, **options,
+    )  # fmt: skip
+    return d_phi.sum(0)
+
+
+def padded_columns(n):
+    return max(16, triton.next_power_of_2(n * n + 2 * n))
 
 
 @step_backward_op.register_fake
@@ -569,9 +653,9 @@ def sinkhorn_op(logits: Tensor, sinkhorn_iters: int) -> Tensor:
     H_res = torch.empty_like(logits, dtype=torch.float32, memory_format=torch.contiguous_format)
     n, T = logits.shape[-1], logits.numel() // logits.shape[-1] ** 2
     if T:
-        BT, _, warps = blocks("sinkhorn", n, 1)
+        BT, _, options = blocks("sinkhorn", n, 1)
         sinkhorn_kernel[(triton.cdiv(T, BT),)](
-            logits.contiguous(), H_res, T, n=n, ITERS=sinkhorn_iters, BT=BT, num_warps=warps
+            logits.contiguous(), H_res, T, n=n, ITERS=sinkhorn_iters, BT=BT, **options
         )
     return H_res
 
@@ -586,10 +670,10 @@ def sinkhorn_backward_op(logits: Tensor, d_H_res: Tensor, sinkhorn_iters: int) -
     d_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
     n, T = logits.shape[-1], logits.numel() // logits.shape[-1] ** 2
     if T:
-        BT, _, warps = blocks("sinkhorn_backward", n, 1)
+        BT, _, options = blocks("sinkhorn_backward", n, 1)
         sinkhorn_backward_kernel[(triton.cdiv(T, BT),)](
             logits.contiguous(), d_H_res.contiguous(), d_logits, T, n=n, ITERS=sinkhorn_iters,
-            HISTORY=triton.next_power_of_2(max(1, sinkhorn_iters)), BT=BT, num_warps=warps,
+            HISTORY=triton.next_power_of_2(max(1, sinkhorn_iters)), BT=BT, **options,
         )  # fmt: skip
     return d_logits
 

@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from kernel_cases import (
+
+import mhc_ref
+from sinkhorn_kernel import mhc_post_res, mhc_step, sinkhorn
+from tests.kernel_cases import (
     DEVICES,
     NAMES,
     assert_as_good_as_twin,
@@ -11,9 +14,6 @@ from kernel_cases import (
     needs_triton,
     outputs_and_grads,
 )
-
-import mhc_ref
-from sinkhorn_kernel import mhc_post_res, mhc_step, sinkhorn
 
 pytestmark = needs_triton
 OUTS = ("x_next", "x_in", "H_post'", "H_res'")
