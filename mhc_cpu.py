@@ -225,6 +225,7 @@ class Step(Function):
                 if y is None:
                     grads[0][s] = g
                 else:
+                    g = g.to(x.dtype).to(dtype)  # rounded as between two operations: see recompute.py
                     post_res_tile_backward(g, *cut(s, dtype, x, y, H_post, H_res), *(v[s] for v in grads))
         grads += [None] * (4 - len(grads))
         return *grads, g_phi.t().to(phi.dtype), g_alpha.to(alpha.dtype), g_b.to(b.dtype), None, None

@@ -145,7 +145,7 @@ class Input:
     def pack(self, t):
         """What F's graph holds in t's place: t, or for (a view of) z the view's geometry."""
         if t.is_meta or t.dtype != self.dtype or t.untyped_storage().data_ptr() != self.memory:
-            return t
+            return t.detach()  # an output that held the node it is saved in would never be freed
         return t.size(), t.stride(), t.storage_offset() - self.offset
 
     def unpack(self, packed):

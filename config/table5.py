@@ -31,6 +31,10 @@ grad_clip = 1.0
 data_dir = "data/c4_cl100k_base"  # 100277 tokens, padded to the paper's vocabulary; uint32 shards
 dtype = "bfloat16"
 micro_batch_size = 1
+parallel = "fsdp"
+recompute = "mhc"
+reduce_always = True  # hundreds of micro-batches a step on one node: whole gradients would not fit between them
+plan_devices = 8  # what --dry_run=True reckons with
 eval_interval = 1000
 eval_sequences = 256
 checkpoint_interval = 500
