@@ -3,7 +3,9 @@
     python bench.py                                  # lists the subcommands
     python bench.py cpu                              # what HC and mHC add to one real block on this CPU
     python bench.py cpu --widths=512 --rounds=15 --profile=True
+    python bench.py memory                           # recomputation: bytes saved, and the peak, by block length
     python bench.py eval                             # 4-choice scoring with and without shared prefixes
+    python bench.py generate                         # one more token after 512: with the latent cache and without
 
 Every figure printed is measured in the run that prints it. Rivals are timed in one process and in turn, so that a slow
 minute of the machine hits all of them alike; the median is reported with its spread.
@@ -15,8 +17,10 @@ import time
 
 import torch
 
+import recompute
 from configurator import at_least, configure, fail
-from model import GPT, MLA, GPTConfig, MoE, RMSNorm, make_residual, rope_angles
+from model import GPT, MLA, GPTConfig, LatentCache, MoE, RMSNorm, make_residual, rope_angles
+from plan import measured_bytes
 
 # bench.py cpu
 widths = "512,1280"  # widths C to time: 512 (small MoE) and 1280 (the 3B config's block)
@@ -31,6 +35,11 @@ questions = 6  # of four choices each
 shot_tokens = 2000  # tokens of the examples in front of every question
 question_tokens = 60
 choice_tokens = 25
+# bench.py generate
+context = 512  # tokens before the one that is timed
+# bench.py memory
+depths = "24,60"  # sublayers L; 60 is the paper's 27B model
+n_streams = 4
 # (further subcommands keep their settings here, under a comment of their own)
 
 
@@ -265,7 +274,86 @@ def evaluation():
         print(f"  largest difference of a log-probability from 'whole': {apart:.1e} ({name})")
 
 
-COMMANDS = {f.__name__: f for f in (cpu,)} | {"eval": evaluation}
+# ----------------------------------------------------------------------------------------------------------------------
+# bench.py generate: the next token after `context` tokens, greedily, by two ways that sample.py could go
+
+GENERATORS = {  # the demo's model (config/demo.py), and one eight times as wide
+    64: dict(n_head=4, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16, intermediate_size=192,
+             n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=48),
+    512: dict(n_head=8, kv_lora_rank=128, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64,
+              intermediate_size=1536, n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=256),
+}  # fmt: skip
+
+
+def next_token(model):
+    """{name: function}, each of which makes the token after the same `context` tokens; both see the same ones."""
+    idx = torch.randint(model.config.vocab_size, (1, context), generator=torch.Generator().manual_seed(seed))
+    cache = LatentCache(model.config, 1, context)
+    model.hidden(idx[:, :-1], cache)
+    before = cache.length.clone()
+
+    def cached():
+        cache.length = before.clone()  # every call writes the last position anew
+        return model.lm_head(model.hidden(idx[:, -1:], cache)[:, -1]).argmax(-1)
+
+    return {"cached": cached, "whole again": lambda: model.lm_head(model.hidden(idx)[:, -1]).argmax(-1)}
+
+
+@torch.inference_mode()
+def generate():
+    """One more token after a context: MLA's compressed cache against a whole forward, on this CPU."""
+    if context < 2:
+        fail(f"context={context}: wanted at least 2, one token for the cache and one to run")
+    torch.set_num_threads(threads or torch.get_num_threads())
+    print(f"one token after {context}, one sequence, fp32, 12 blocks; {torch.get_num_threads()} threads, "
+          f"median of {rounds} rounds in turn")  # fmt: skip
+    for C, shape in GENERATORS.items():
+        for residual in ("baseline", "hc", "mhc"):
+            model = GPT(GPTConfig(vocab_size=2048, n_layer=12, n_embd=C, residual=residual, **shape))
+            model.init_weights(seed)
+            seconds = time_in_turn(next_token(model.eval()), rounds)
+            (fast, slow), ways = map(statistics.median, seconds.values()), seconds.values()
+            error, other = (1e3 * spread(v) for v in ways)
+            print(f"  C = {C:<4} {residual:<9} cached {1e3 * fast:7.2f} ms ± {error:.2f} ({1 / fast:.0f} tokens/s)   "
+                  f"whole again {1e3 * slow:7.1f} ms ± {other:.1f}   {slow / fast:5.1f} x")  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# bench.py memory: recomputation (Table 3, Eq 20) on a model that is nearly nothing but streams: real depth, thin F
+
+
+def thin_model(L, C=128):
+    """L sublayers of width C whose own activations are small beside the streams."""
+    model = GPT(GPTConfig(vocab_size=32, seq_len=64, n_layer=L // 2, n_embd=C, n_head=1, kv_lora_rank=8,
+                          qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, intermediate_size=8,
+                          first_k_dense_replace=L // 2, n_streams=n_streams))  # fmt: skip
+    model.init_weights(seed)
+    return model
+
+
+def memory():
+    """Bytes saved for the backward, and its peak, at several block lengths L_r, beside Table 3's formula."""
+    n = n_streams
+    for L in map(int, depths.split(",")):
+        model = thin_model(L)
+        idx = torch.randint(32, (1, 64), generator=torch.Generator().manual_seed(seed))
+        unit = 4 * model.config.n_embd * idx.numel()  # C fp32 numbers a token
+        best, peaks = recompute.best_block(L, n), {}
+        print(f"L = {L} sublayers, n = {n}; all in units of C a token. L_r* = {best} (Eq 20)\n"
+              f"  {'recompute':>9} {'L_r':>4} {'saved':>8} {'n ceil(L/L_r) + L':>18} {'peak':>8} "
+              f"{'n ceil(L/L_r) + (n+2) L_r':>26} {'peak - L':>9}")  # fmt: skip
+        lengths = sorted({1, 2, 3, *range(max(1, best - 2), best + 4), 2 * best, L})
+        for mode, block in [("none", -1), ("full", -1), *(("mhc", block) for block in lengths)]:
+            block = recompute.apply(model, mode, block)
+            saved, peak = (v / unit for v in measured_bytes(model, idx, idx))
+            table_3 = f"{n * -(-L // block) + L:>18} {peak:8.1f} {recompute.block_cost(L, block, n):>26} {peak - L:9.1f}"
+            print(f"  {mode:>9} {block:>4} {saved:8.1f} " + (table_3 if mode == "mhc" else f"{'':>18} {peak:8.1f}"))
+            if mode == "mhc":
+                peaks[block] = peak
+        print(f"  smallest measured peak: L_r = {min(peaks, key=peaks.get)}")
+
+
+COMMANDS = {f.__name__: f for f in (memory, cpu, generate)} | {"eval": evaluation}
 
 
 def main():
