@@ -156,3 +156,9 @@ def test_extreme_temperatures():
     assert draw(logits, 1e-300, 0, 1.0, [torch.Generator()]) == [1]
     many = draw(logits.expand(400, 4), 1e30, 0, 1.0, [torch.Generator().manual_seed(0)] * 400)
     assert min(torch.bincount(torch.tensor(many), minlength=4)) > 60  # all alike
+
+
+def test_a_draw_on_the_border_falls_on_a_token_that_can_be(monkeypatch):
+    """A uniform number of exactly 0 must not pick a first token of probability 0."""
+    monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: torch.zeros(*size, dtype=torch.float64))
+    assert draw(torch.tensor([[0.0, 0.5, 0.5]]).log(), 1.0, 0, 1.0, [None]) == [1]
