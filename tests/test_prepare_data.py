@@ -164,6 +164,8 @@ def test_long_document_is_shared_out_and_keeps_one_end(tmp_path):
     assert len(pieces) > 5 and "".join(t for b in pieces for s, t, _ in b if s == "train") == text
     ends = [last for b in pieces for _, _, last in b]
     assert ends == [False] * (len(ends) - 2) + [True, True]
+    ids = np.concatenate([ids for _, ids in tok.encode_documents([("train", text)], tok.make_tokenizer("bytes"), 2)])
+    assert bytes(ids[:-1].astype(np.uint8)) == text.encode() and (ids == 256).sum() == 1 and ids[-1] == 256
     assert all(t.endswith("\n") for b in pieces for s, t, _ in b if s == "train")
 
 
@@ -203,6 +205,7 @@ def test_python_needs_nothing(tmp_path):
     meta = Corpus(folder, "train", 64).meta
     assert meta["splits"]["train"]["tokens"] == 300_000 and meta["splits"]["val"]["tokens"] > 50_000
     train, val = bytes(i for i in split_tokens(folder, "train") if i < 256), documents_of(folder, "val")
+    assert not any("Python Character Mapping Codec" in text for text in corpora.python_documents())
     assert b"\ndef " in train and b"\nimport " in train and len(val) > 5
     assert sys.version.split()[0] in meta["sources"][0]["name"]
 
@@ -383,6 +386,7 @@ def test_c4_is_read_as_far_as_asked(tmp_path):
     assert ids.tolist() == expected[:n_first + 2000]
     assert split_tokens(folder, "val").tolist() == [b for t in val for b in [*t.encode(), 256]][:3000]
     first = meta["sources"][1]
+    assert first["published_sha256"] is False  # this server names none
     assert first["whole"] and first["sha256"] == hashlib.sha256(
         files["c4-train.00000-of-01024.json.gz"].content).hexdigest() and first["url"].startswith("https://huggingface.co")
 
@@ -509,13 +513,24 @@ def test_fineweb(tmp_path, gpt2):
         assert info["bytes"] == lengths.sum() and info["documents"] == (train == 50256).sum()
         with pytest.raises(DataError, match="wanted --tokenizer=gpt2, got bytes"):
             prepare(s | {"tokenizer": "bytes"})
-        bad = {"not a shard": fineweb_shard([1, 2]).replace(b"\1", b"\2", 1), "says 3 tokens, the file holds 2":
+        bad = {"not a shard": fineweb_shard([1, 2]).replace(b"\1", b"\2", 1), "not a shard of uint16":
+               shard_header(1, token_dtype(70_000)).tobytes() + b"\0" * 4, "says 3 tokens, the file holds 2":
                shard_header(3, token_dtype(9)).tobytes() + b"\0" * 4, "holds token 50257": fineweb_shard([50257])}
         for message, content in bad.items():
             files["val_000000"].content = content
             with pytest.raises(DataError, match=message):
                 prepare(s | {"data_dir": str(tmp_path / "bad")})
             assert not (tmp_path / "bad").exists() and not (tmp_path / "bad.tmp").exists()
+
+
+def test_tokens_cut_by_chunks():
+    """A network's chunks end anywhere: within the header, within a token."""
+    content = fineweb_shard([1, 200, 256, 0])
+    for size in (1, 3, 1025, 1026, 5000):
+        shard = corpora.TokenShard("val", "http://x/s.bin", "")
+        shard.chunks = lambda size=size: (content[i:i + size] for i in range(0, len(content), size))
+        got = list(shard.encoded(tok.make_tokenizer("bytes"), 1))
+        assert np.concatenate([ids for _, ids in got]).tolist() == [1, 200, 256, 0]
 
 
 def test_shakespeare(tmp_path, monkeypatch):
