@@ -31,7 +31,7 @@ threads = 0  # CPU threads, 0: what torch chooses
 profile = False  # print torch.profiler's table of each variant instead of times
 seed = 0
 # bench.py eval
-questions = 6  # of four choices each
+questions = 4  # of four choices each
 shot_tokens = 2000  # tokens of the examples in front of every question
 question_tokens = 60
 choice_tokens = 25
@@ -244,12 +244,14 @@ def evaluation():
     """4-choice questions behind long few-shot prompts: every sequence whole, and with shared prefixes (eval_score)."""
     from eval_score import Runner, loglikelihoods
 
-    model = GPT(GPTConfig(vocab_size=8192, seq_len=4096, n_layer=4, n_embd=256, n_head=8, kv_lora_rank=128,
-                          qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, intermediate_size=768,
-                          n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=192))  # fmt: skip
+    if threads:
+        torch.set_num_threads(threads)
+    model = GPT(GPTConfig(vocab_size=2048, seq_len=4096, n_layer=2, n_embd=128, n_head=4, kv_lora_rank=64,
+                          qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, intermediate_size=384,
+                          n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=96))  # fmt: skip
     model.init_weights(seed)
     gen = torch.Generator().manual_seed(seed)
-    draw = lambda n: torch.randint(8192, (n,), generator=gen).tolist()  # noqa: E731
+    draw = lambda n: torch.randint(2048, (n,), generator=gen).tolist()  # noqa: E731
     shots = draw(shot_tokens)
     prompts = [shots + draw(question_tokens) for _ in range(questions)]
     items = [[(prompt, draw(choice_tokens)) for _ in range(4)] for prompt in prompts]
@@ -346,8 +348,9 @@ def memory():
         for mode, block in [("none", -1), ("full", -1), *(("mhc", block) for block in lengths)]:
             block = recompute.apply(model, mode, block)
             saved, peak = (v / unit for v in measured_bytes(model, idx, idx))
-            table_3 = f"{n * -(-L // block) + L:>18} {peak:8.1f} {recompute.block_cost(L, block, n):>26} {peak - L:9.1f}"
-            print(f"  {mode:>9} {block:>4} {saved:8.1f} " + (table_3 if mode == "mhc" else f"{'':>18} {peak:8.1f}"))
+            kept, cost = n * -(-L // block) + L, recompute.block_cost(L, block, n)
+            line = f"{kept:>18} {peak:8.1f} {cost:>26} {peak - L:9.1f}" if mode == "mhc" else f"{'':>18} {peak:8.1f}"
+            print(f"  {mode:>9} {block:>4} {saved:8.1f} " + line)
             if mode == "mhc":
                 peaks[block] = peak
         print(f"  smallest measured peak: L_r = {min(peaks, key=peaks.get)}")
