@@ -79,12 +79,10 @@ def activation_bytes(c, recompute, block, e):
     """Per token: (kept for the backward, the most a replay adds to it). block: sublayers in a segment."""
     F, L = sublayer_bytes(c, e), 2 * c.n_layer
     maps, start = boundary_bytes(c, e) + norm_bytes(c, e), e * c.n_streams * c.n_embd
-    if c.residual == "baseline":
-        maps += 0 if e == 4 else e * c.n_embd
     starts = start * math.ceil(L / block)
-    ends = 2 * e * c.n_embd + 8 * c.n_embd  # collapse, final norm, what the head reads
+    ends = 8 * c.n_embd + e * c.n_embd  # the final norm, what the head reads
     if recompute == "none":
-        return sum(F) + maps * L + starts + ends, 0
+        return sum(F) + maps * L + ends, 0
     if recompute == "mhc":
         return sum(F) + e * c.n_embd * L + starts + ends, (maps - e * c.n_embd) * block  # F's outputs are there already
     return starts + ends, max(sum(F[i : i + block]) + maps * block for i in range(0, L, block))
@@ -141,9 +139,8 @@ def communication(model, s, world):
         return {}
     S = s["shard_size"] or world
     *inner, (root, _) = group_sizes(model)
-    passes = 3 if s["recompute"] == "full" else 2  # forward, replay of F, backward
-    embedding = inner[0][0] * (e if inner[0][1] else 4)
-    gathered = passes * sum(size * (e if narrow else 4) for size, narrow in inner[1:]) + 2 * embedding + 4 * root
+    # once for the forward and once for the backward, which has what a replay of F needs; the root stays in between
+    gathered = 2 * sum(size * (e if narrow else 4) for size, narrow in inner) + 4 * root
     share = (S - 1) / S
     moved = {
         "all-gather of weights": int(share * gathered * micro_batches),

@@ -1,0 +1,153 @@
+"""plan.py's reckoning against what is counted, measured and moved."""
+
+import runpy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import plan
+import recompute
+from model import GPT, GPTConfig
+from parallel import Ranks, assign
+from tests.ranks import run_ranks
+
+SMALL = dict(
+    vocab_size=64, seq_len=32, n_layer=4, n_embd=64, n_head=2, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8,
+    v_head_dim=24, intermediate_size=192, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=48,
+)  # fmt: skip
+LAYOUT = dict(
+    dtype="float32", parallel="fsdp", shard_size=0, reduce_always=False, recompute="none", recompute_block=-1,
+    batch_size=8, micro_batch_size=1, seq_len=32, max_steps=10, plan_devices=8, plan_device="H100", plan_mfu=0.4,
+)  # fmt: skip
+
+
+def settings(**changes):
+    return {**LAYOUT, **changes}
+
+
+def report(capsys, name, **changes):
+    """What the report prints about a config of config/."""
+    names = {k: v for k, v in runpy.run_path(f"config/{name}.py").items() if not k.startswith("_")}
+    fields = {k: v for k, v in names.items() if k in GPTConfig.__dataclass_fields__}
+    plan.report(GPTConfig(**fields), {**LAYOUT, **names, **changes})
+    return capsys.readouterr().out
+
+
+def test_the_27b_model(capsys):
+    out = report(capsys, "mhc_27b", plan_device="H200")
+    # 27.0B, 4.14B and 662M in the paper
+    for line in ("params_total=27048293460", "params_active=4138873940", "params_vocab=661913600", "L_r*=6 of 60"):
+        assert line in out
+    assert "tokens=262144000000" in out and "fits in 141 GB" in out
+    assert "13.524 GB  weights (fp32)" in out  # 4 bytes of 27.05B over 8
+    days = 32382990840 * 262144e6 / (8 * 989e12 * 0.4) / 86400
+    assert f"days={days:.1f} " in out
+
+
+def test_memory_answers_to_the_layout(capsys):
+    assert "DOES NOT FIT" in report(capsys, "mhc_27b", plan_devices=1)
+    assert "whole gradients" in report(capsys, "mhc_27b", reduce_always=False)
+    assert "2 copies" in report(capsys, "mhc_27b", plan_devices=16, shard_size=8)
+
+
+@pytest.mark.parametrize(
+    "changes,words",
+    [
+        (dict(plan_devices=12, shard_size=8), "shard_size=8 does not divide the 12 processes; the nearest .* is 6"),
+        (dict(plan_devices=7), "batch_size=1280 is not a multiple of micro_batch_size=1 x 7"),
+        (dict(parallel="none"), "parallel='none' in 8 processes"),
+        (dict(parallel="ddp", shard_size=8), "only 'fsdp' shards"),
+        (dict(plan_device="abacus"), "plan_device='abacus'"),
+    ],
+)
+def test_impossible_layouts_name_the_rule(capsys, changes, words):
+    with pytest.raises(ValueError, match=words):
+        report(capsys, "mhc_27b", **changes)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("residual", ["baseline", "hc", "mhc"])
+def test_activations_against_a_measured_run(residual, bf16):
+    """Within 2 %, and the peak of the backward within 20 %. Under autocast the casts of the weights are kept too."""
+    model = GPT(GPTConfig(**SMALL, residual=residual))
+    model.init_weights(0)
+    idx = torch.randint(64, (8, 32))
+    e, N = 2 if bf16 else 4, idx.numel()
+    casts = 2 * sum(size for size, narrow in plan.group_sizes(model)[1:] if narrow) if bf16 else 0
+    streams = 3 * N * e * model.config.n_streams * model.config.n_embd
+    for mode in ("none", "mhc") if bf16 else ("none", "mhc", "full"):
+        block = recompute.apply(model, mode)
+        saved, peak = plan.measured_bytes(model, idx, idx, bf16)
+        kept, replay = plan.activation_bytes(model.config, mode, block, e)
+        assert N * kept + casts == pytest.approx(saved, rel=0.02), mode
+        assert N * (kept + replay) + casts + streams == pytest.approx(peak, rel=0.2), mode
+
+
+class Sent(TorchDispatchMode):
+    """Bytes this rank sends in the collectives, by ring algorithms, by kind."""
+
+    def __init__(self, world):
+        super().__init__()
+        self.world, self.sent = world, {"gather": 0, "scatter": 0, "reduce": 0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name()
+        if name.startswith("c10d::"):
+            sizes = [t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            if "allgather" in name:
+                self.sent["gather"] += max(sizes) * (self.world - 1) / self.world
+            elif "reduce_scatter" in name:
+                self.sent["scatter"] += max(sizes) * (self.world - 1) / self.world
+            elif "allreduce" in name:
+                self.sent["reduce"] += 2 * max(sizes) * (self.world - 1) / self.world
+        return func(*args, **(kwargs or {}))
+
+
+def count_sent(mode, every, micro_batches):
+    """One step of FSDP on each rank, and the plan's figures for it."""
+    world = dist.get_world_size()
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**SMALL))
+    s = settings(recompute=mode, reduce_always=every, batch_size=micro_batches * world)
+    wanted = plan.communication(model, s, world)
+    recompute.apply(model, mode)
+    ranks = Ranks("fsdp", dist.get_rank(), world, torch.device("cpu"), 0, 60)
+    ranks.shard(model)
+    ranks.initialise(model, 0)
+    idx = torch.randint(64, (1, 32))
+    with Sent(world) as counted:
+        for i in range(micro_batches):
+            ranks.synchronise(model, i == micro_batches - 1, every)
+            model(idx, idx)[1].backward()
+    # shards are padded to whole rows, so a little more is moved
+    assert counted.sent["gather"] == pytest.approx(wanted["all-gather of weights"], rel=0.03), (counted.sent, wanted)
+    assert counted.sent["scatter"] == pytest.approx(wanted["reduce-scatter of gradients"], rel=0.03)
+    assert counted.sent["reduce"] == 0
+
+
+@pytest.mark.parametrize("mode,every", [("mhc", False), ("mhc", True), ("full", False)])
+def test_communication_is_what_the_collectives_move(mode, every):
+    run_ranks(2, count_sent, mode, every, 3)
+
+
+def test_a_run_that_cannot_fit_says_so_before_it_allocates():
+    with torch.device("meta"):
+        model = GPT(GPTConfig(vocab_size=129280, n_embd=16384, n_head=128, n_layer=60))
+    ranks = SimpleNamespace(device=torch.device("cpu"), world=1)
+    s = settings(parallel="none", batch_size=1)
+    with pytest.raises(ValueError, match="needs about .* GB on each device, and it has .*AdamW's moments"):
+        plan.check_fits(model, s, ranks)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**SMALL))
+    plan.check_fits(model, s, ranks)
+
+
+def test_assign_puts_a_value_in_place():
+    p = torch.nn.Parameter(torch.zeros(3))
+    with torch.no_grad():
+        assign(p, torch.arange(3.0))
+    assert p.tolist() == [0, 1, 2]
