@@ -49,6 +49,10 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
+    def end_headers(self):
+        self.send_header("Connection", "close")  # one request a connection, and the client is told so
+        super().end_headers()
+
     def do_GET(self):
         file = self.server.files.get(self.path)
         self.close_connection = True
