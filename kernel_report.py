@@ -1,14 +1,24 @@
 """What can be known of the kernels without a GPU: the bytes they ask for, and what the compiler makes of them.
 
-    python kernel_report.py traffic [C n tokens]     # Triton's interpreter, every load and store counted
-    python kernel_report.py compile [C n]            # ahead of time, for three NVIDIA chips and one of AMD
+    python kernel_report.py traffic [C n tokens]     # Triton's interpreter, every load and store counted; bf16
+    python kernel_report.py compile [C n]            # ahead of time, for three NVIDIA chips and one of AMD; bf16
 
-Also `hardware_arithmetic`, which the interpreter needs before its numbers mean anything.
+`python bench.py traffic` and `python bench.py kernels` print the same. Nothing here is a time. Also
+`hardware_arithmetic`, without which the numbers of Triton's interpreter do not mean anything.
 """
 
 import contextlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def round_to_bf16(a):
@@ -60,3 +70,279 @@ def hardware_arithmetic():
         yield
     finally:
         InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast, dot
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Traffic.
+
+STREAMS = {"x", "y", "x_next", "x_in", "d_x", "d_y", "d_x_next", "d_x_in"}
+SHARED = {"phi", "d_phi", "d_alpha_b"}  # not per token, or shares of sums
+
+
+def group(kernel, name):
+    if kernel == "streams_backward_kernel" and name in ("d_H_post", "d_H_res"):
+        return "phi"  # shares of the sums over channels
+    return "streams" if name in STREAMS else "phi" if name in SHARED else "maps"
+
+
+class Traffic(TorchDispatchMode):
+    """Counts what kernels run by Triton's interpreter, and PyTorch operations around them, read and write.
+
+    self.asked and self.distinct: bytes by (kernel, group), of unmasked lanes; distinct counts a byte once a launch for
+    reading and once for writing. Raises RuntimeError for an access outside every argument, for two programs of a launch
+    that write one element, for a read of what the same launch wrote, and for any atomic.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.asked, self.distinct = defaultdict(int), defaultdict(int)
+        self.kernel = None  # while one runs, its name
+
+    def __enter__(self):
+        from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
+
+        self.patched = [
+            (InterpreterBuilder, "create_masked_load", self.load),
+            (InterpreterBuilder, "create_masked_store", self.store),
+            (InterpreterBuilder, "create_atomic_rmw", self.atomic),
+            (InterpreterBuilder, "create_atomic_cas", self.atomic),
+            (GridExecutor, "__call__", self.launch),
+        ]
+        self.patched = [(where, name, getattr(where, name), hook) for where, name, hook in self.patched]
+        for where, name, original, hook in self.patched:
+            setattr(where, name, self.hooked(hook, original))
+        return super().__enter__()
+
+    def __exit__(self, *exc):
+        for where, name, original, _ in self.patched:
+            setattr(where, name, original)
+        return super().__exit__(*exc)
+
+    def hooked(self, hook, original):
+        return lambda obj, *args, **kwargs: hook(original, obj, *args, **kwargs)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if self.kernel is None and not func.is_view and "empty" not in func.name():
+            tensors = [t for t in torch.utils._pytree.tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
+            moved = sum(t.numel() * t.itemsize for t in tensors)
+            self.asked["PyTorch sums", "phi"] += moved
+            self.distinct["PyTorch sums", "phi"] += moved
+        return out
+
+    def launch(self, original, executor, *args, **kwargs):
+        names = dict(zip(executor.arg_names, args, strict=False))
+        tensors = [(name.removesuffix("_ptr"), t) for name, t in names.items() if isinstance(t, torch.Tensor)]
+        self.buffers = sorted((t.data_ptr(), t.numel() * t.itemsize, name, t.itemsize) for name, t in tensors)
+        self.bases = np.array([base for base, *_ in self.buffers], dtype=np.uint64)
+        self.read = [np.zeros(size // item, bool) for _, size, _, item in self.buffers]
+        self.writer = [np.full(size // item, -1) for _, size, _, item in self.buffers]
+        self.kernel = executor.fn.__name__
+        original(executor, *args, **kwargs)
+        for (_, _, name, item), read, writer in zip(self.buffers, self.read, self.writer, strict=True):
+            self.distinct[self.kernel, group(self.kernel, name)] += item * int(read.sum() + (writer >= 0).sum())
+        self.kernel = None
+
+    def find(self, pointers, mask):
+        """Which buffer these lanes touch, and which of its elements; None if no lane is live."""
+        at = np.broadcast_to(pointers.data, np.broadcast_shapes(pointers.data.shape, mask.data.shape))
+        at = at[np.broadcast_to(mask.data, at.shape)]
+        if not at.size:
+            return None
+        k = int(np.searchsorted(self.bases, at.min(), side="right")) - 1
+        if k < 0 or int(at.max()) >= self.buffers[k][0] + self.buffers[k][1]:
+            raise RuntimeError(f"{self.kernel}: an access outside every argument")
+        base, _, name, item = self.buffers[k]
+        self.asked[self.kernel, group(self.kernel, name)] += at.size * item
+        return k, (at - np.uint64(base)) // np.uint64(item)
+
+    def load(self, original, builder, pointers, mask, *rest):
+        if found := self.find(pointers, mask):
+            k, elements = found
+            if (self.writer[k][elements] >= 0).any():
+                raise RuntimeError(f"{self.kernel} reads {self.buffers[k][2]}, which the same launch wrote")
+            self.read[k][elements] = True
+        return original(builder, pointers, mask, *rest)
+
+    def store(self, original, builder, pointers, value, mask, *rest):
+        if found := self.find(pointers, mask):
+            k, elements = found
+            (x, y, z), (nx, ny, _) = builder.grid_idx, builder.grid_dim
+            program, before = x + nx * (y + ny * z), self.writer[k][elements]
+            if ((before >= 0) & (before != program)).any():
+                raise RuntimeError(f"{self.kernel}: two programs write the same element of {self.buffers[k][2]}")
+            self.writer[k][elements] = program
+        return original(builder, pointers, value, mask, *rest)
+
+    def atomic(self, original, builder, *args):
+        raise RuntimeError(f"{self.kernel}: an atomic operation")
+
+
+def example(C, n, T, dtype=torch.bfloat16, device="cpu"):
+    """mhc_step's seven tensors for T tokens, random (or without memory, on the device 'meta')."""
+    M, randn = n * n + 2 * n, lambda *shape: torch.randn(*shape, device=device)
+    maps = randn(T, n).sigmoid(), randn(T, n, n).softmax(-1)
+    return randn(T, n, C).to(dtype), randn(T, C).to(dtype), *maps, randn(n * C, M) / (n * C) ** 0.5, randn(3), randn(M)
+
+
+def run_boundary(tensors, forward=None, backward=None):
+    """One boundary forward, then backward, through the operators' own code; each within its context, if any."""
+    import sinkhorn_kernel as sk
+
+    with forward or contextlib.nullcontext():
+        outs = sk.step_op._init_fn(*tensors, 20, 1e-20)
+    with backward or contextlib.nullcontext():
+        sk.step_backward_op._init_fn(*outs[:4], *tensors[:4], outs[0], *tensors[4:], *outs[4:], 20)
+
+
+def traffic(C=2560, n=4, T=1024):
+    """[forward, backward]: {(kernel, group): (asked, distinct)} in units of C elements of bf16 a token."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        raise RuntimeError("counting runs in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts")
+    passes = Traffic(), Traffic()
+    with hardware_arithmetic():
+        run_boundary(example(C, n, T), *passes)
+    unit = 2 * C * T
+    return [{key: (p.asked[key] / unit, p.distinct[key] / unit) for key in p.asked} for p in passes]
+
+
+def total(counted, *groups):
+    """(asked, distinct) of one pass, summed over the groups."""
+    return tuple(sum(v[i] for (_, g), v in counted.items() if g in groups) for i in (0, 1))
+
+
+def print_traffic(C=2560, n=4, T=1024):
+    print(f"bytes moved at one boundary, n = {n}, C = {C}, {T} tokens, bf16; unit: {2 * C} bytes a token (counted)")
+    print(f"{'':34}{'streams':>16}{'maps':>16}{'phi, d_phi, sums':>18}\n{'':34}" + "  asked distinct" * 3)
+    for title, counted in zip(("forward", "backward"), traffic(C, n, T), strict=True):
+        kernels = dict.fromkeys(kernel for kernel, _ in counted)
+        rows = [(k, [counted.get((k, g), (0, 0)) for g in ("streams", "maps", "phi")]) for k in kernels]
+        rows.append(("total", [total(counted, g) for g in ("streams", "maps", "phi")]))
+        for name, cells in rows:
+            print(f"{title + ' ' + name:34}" + "".join(f"{a:7.2f}{d:9.2f}" for a, d in cells))
+    print(f"forward, for comparison: {2 * n + 2} read and written once each; {4 * n + 2} the paper's fused kernels;")
+    print(f"    {8 * n + 2} unfused (Table 2, (5n+1) + (3n+1)). Backward: {3 * n + 3} read and written once each.")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Ahead-of-time compilation.
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "sm_100": ("cuda", 100, 32)}
+TARGETS["gfx942"] = ("hip", "gfx942", 64)
+SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # a program's limit
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+
+
+def launches(C, n, T=4096, dtype=torch.bfloat16, maker="nvidia"):
+    """What a boundary launches: (kernel, arguments by name, options, grid), without launching."""
+    import triton
+
+    import sinkhorn_kernel as sk
+
+    found, run, made_by = [], triton.JITFunction.run, sk.MAKER
+
+    def record(kernel, *args, grid, warmup, **kwargs):
+        named = dict(zip(kernel.arg_names, args, strict=False))
+        named.update((k, v) for k, v in kwargs.items() if k in kernel.arg_names)
+        found.append((kernel, named, {k: v for k, v in kwargs.items() if k not in named}, grid))
+
+    triton.JITFunction.run, sk.MAKER = record, maker
+    try:
+        run_boundary(example(C, n, T, dtype, "meta"))
+    finally:
+        triton.JITFunction.run, sk.MAKER = run, made_by
+    return found
+
+
+def compile_ahead(kernel, named, options, target):
+    """Compile as the launcher would for these arguments: divisibility by 16 known, token counts unknown."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        value = named[name]
+        if value is None or kernel.params[i].is_constexpr:
+            signature[name], constants[(i,)] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name], attributes[(i,)] = POINTERS[value.dtype], [["tt.divisibility", 16]]
+        elif isinstance(value, int):
+            signature[name] = "i32"
+            if not kernel.params[i].do_not_specialize and value % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+
+
+def tile_bits(ttgir, element="bf16"):
+    """The narrowest access of one thread to a tile of streams, in bits, from the layouts the compiler chose."""
+    widths = dict(re.findall(r"^#(\w+) = #ttg\.blocked<\{sizePerThread = \[([\d, ]+)\]", ttgir, re.M))
+    used = re.findall(rf"(?:tt\.load|tt\.store|async_copy_global_to_local) .*?!tt\.ptr<{element}>, #(\w+)>", ttgir)
+    return min(int(widths[layout].split(",")[-1]) for layout in used) * 16
+
+
+def nvidia_resources(compiled):
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as f:
+        f.write(compiled.asm["cubin"])
+        f.flush()
+        usage = subprocess.run([tool, "-res-usage", f.name], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()
+    tensor_cores = r"mma\.sync|wgmma\.mma|tcgen05\.mma"
+    return int(registers), int(stack) + int(local), compiled.asm["ptx"], tensor_cores, r"\b(atom|red)\."
+
+
+def amd_resources(compiled):
+    asm = compiled.asm["amdgcn"]
+    registers, scratch = (int(re.search(rf"; {k}: (\d+)", asm)[1]) for k in ("TotalNumVgprs", "ScratchSize"))
+    return registers, scratch, asm, "v_mfma", "atomic"
+
+
+def compile_report(C=2560, n=4, targets=tuple(TARGETS), dtype=torch.bfloat16):
+    """One dict a kernel and target: registers, spilled bytes a thread, shared memory, tensor-core instructions,
+    atomics, bits of a tile access, and, for 4096 tokens, programs and (on an H100) how many of them run at once."""
+    rows = []
+    for target in targets:
+        maker = "amd" if target.startswith("gfx") else "nvidia"
+        for kernel, named, options, grid in launches(C, n, 4096, dtype, maker):
+            compiled = compile_ahead(kernel, named, options, target)
+            registers, spilled, asm, mma, atomic = (amd_resources if maker == "amd" else nvidia_resources)(compiled)
+            threads, programs = 32 * options["num_warps"], int(np.prod(grid))
+            resident = min(65536 // (threads * -(-registers // 8) * 8), 2048 // threads)
+            resident = min(resident, SHARED_MEMORY["sm_90"] // (compiled.metadata.shared + 1024))
+            row = {"kernel": kernel.__name__, "target": target, "registers": registers, "spilled": spilled}
+            row |= {"shared": compiled.metadata.shared, "tensor": len(re.findall(mma, asm)), "programs": programs}
+            row |= {"atomics": len(re.findall(atomic, asm)), "tile_bits": tile_bits(compiled.asm["ttgir"])}
+            rows.append(row | {"in_flight": min(programs, 132 * resident) if target == "sm_90" else None})
+    return rows
+
+
+def print_compile(C=2560, n=4):
+    print(f"compiled, not run: C = {C}, n = {n}, bf16 x; 4096 tokens on an H100 for the last two columns")
+    columns = ("registers", "spilled", "shared", "tensor", "atomics", "tile_bits", "programs", "in_flight")
+    print(f"{'kernel':26}{'target':8}" + "".join(f"{c:>10}" for c in columns))
+    for row in compile_report(C, n):
+        cells = "".join(f"{'' if row[c] is None else row[c]:>10}" for c in columns)
+        print(f"{row['kernel']:26}{row['target']:8}{cells}")
+
+
+def main(what, *numbers):
+    """Run `traffic` (in the interpreter) or `compile` (without it) in a process of its own, as each needs."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    env |= {"TRITON_INTERPRET": "1"} if what == "traffic" else {}
+    command = [sys.executable, __file__, what, *map(str, numbers)]
+    return subprocess.run(command, env={**env, "KERNEL_REPORT_CHILD": "1"}).returncode
+
+
+if __name__ == "__main__":
+    what, *numbers = sys.argv[1:] or ["help"]
+    if what not in ("traffic", "compile"):
+        sys.exit(__doc__)
+    if "KERNEL_REPORT_CHILD" not in os.environ:
+        sys.exit(main(what, *numbers))
+    (print_traffic if what == "traffic" else print_compile)(*map(int, numbers))

@@ -1,0 +1,147 @@
+"""The custom operators as PyTorch sees them: fakes, autograd, torch.compile, recomputation; and the dispatch."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import sinkhorn_kernel as sk
+from tests.kernel_cases import interpreter, make_inputs, needs_triton, outputs_and_grads
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture
+def interpreted():
+    with interpreter("cpu"):
+        yield
+
+
+def step(*tensors):
+    return sk.mhc_step(*tensors, impl="triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("form", ["first", "middle", "last"])
+def test_opcheck_step(form, interpreted):
+    tensors = make_inputs(3, 2, 20, FP32, form=form)
+    outs = sk.step_op(*tensors, 3, 1e-20)
+    leaves = [t if t is None else t.requires_grad_() for t in tensors]
+    torch.library.opcheck(sk.step_op, (*leaves, 3, 1e-20))
+    x_next = tensors[0] if form == "first" else outs[0]
+    grads = [torch.zeros_like(t) for t in outs[:4]]
+    args = (*grads, *tensors[:4], x_next, *tensors[4:], *outs[4:], 3)
+    args = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
+    torch.library.opcheck(sk.step_backward_op, args)
+
+
+@needs_triton
+def test_opcheck_sinkhorn(interpreted):
+    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+    torch.library.opcheck(sk.sinkhorn_op, (logits, 3))
+    torch.library.opcheck(sk.sinkhorn_backward_op, (logits.detach(), torch.randn(2, 3, 4, 4), 3))
+
+
+@needs_triton
+def test_double_use_and_a_second_backward(interpreted):
+    """Outputs used twice, the same tensors in two calls, backward twice over one graph: sums of the single parts."""
+    tensors = make_inputs(5, 2, 20, FP32)
+    once = outputs_and_grads(step, tensors)[4:]
+    doubled = outputs_and_grads(lambda *t: tuple(a + b for a, b in zip(step(*t), step(*t), strict=True)), tensors)[4:]
+    for a, b in zip(once, doubled, strict=True):
+        torch.testing.assert_close(2 * a, b)
+    leaves = [t.requires_grad_() for t in tensors]
+    loss = sum(o.square().sum() for o in step(*leaves))
+    first = torch.autograd.grad(loss, leaves, retain_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(loss, leaves), strict=True))
+
+
+@needs_triton
+def test_any_leading_shape_and_strides(interpreted):
+    flat = make_inputs(6, 2, 20, FP32)
+    shaped = [t.unflatten(0, (2, 3)) for t in flat[:4]] + flat[4:]
+    strided = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in shaped[:4]] + [flat[4].t().contiguous().t()]
+    assert not strided[0].is_contiguous()
+    want = outputs_and_grads(step, flat)
+    for got in (outputs_and_grads(step, shaped), outputs_and_grads(step, strided + flat[5:])):
+        assert all(torch.equal(g.reshape(w.shape), w) for g, w in zip(got, want, strict=True))
+    assert outputs_and_grads(step, shaped)[0].shape == (2, 3, 2, 20)
+
+
+@needs_triton
+def test_autocast_leaves_the_mappings_alone(interpreted):
+    tensors = make_inputs(5, 2, 20, BF16)
+    want = outputs_and_grads(step, tensors)
+    with torch.autocast("cpu", BF16):
+        got = outputs_and_grads(step, tensors)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def two_boundaries(x, y, H_post, H_res, phi, alpha, b, step=step):
+    x, x_in, H_post, H_res = step(x, y, H_post, H_res, phi, alpha, b)
+    x, x_in, H_post, H_res = step(x, x_in.tanh(), H_post, H_res, phi, alpha, b)
+    return sk.mhc_post_res(x, x_in.tanh(), H_post, H_res, impl="triton")
+
+
+@needs_triton
+def test_compile_traces_through_without_a_break(interpreted):
+    tensors = make_inputs(5, 2, 20, FP32)
+    compiled = torch.compile(two_boundaries, fullgraph=True, backend="aot_eager")
+    for g, w in zip(*(outputs_and_grads(f, tensors) for f in (compiled, two_boundaries)), strict=True):
+        torch.testing.assert_close(g, w)
+
+
+@needs_triton
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_recomputation_gives_the_same_bits(use_reentrant, interpreted):
+    tensors = make_inputs(5, 2, 20, BF16)
+    want = outputs_and_grads(two_boundaries, tensors)
+    got = outputs_and_grads(lambda *t: checkpoint(two_boundaries, *t, use_reentrant=use_reentrant), tensors)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
+
+
+def test_resolve_impl(monkeypatch):
+    assert [sk.resolve_impl(impl, "cpu") for impl in ("auto", "ref", "eager", "compiled")] == [
+        "eager", "ref", "eager", "compiled",
+    ]  # fmt: skip
+    with pytest.raises(ValueError, match="impl='tritn': wanted 'auto' or one of 'ref', 'eager'"):
+        sk.resolve_impl("tritn", "cpu")
+    monkeypatch.setattr(sk, "INTERPRETED", False)
+    with pytest.raises(ValueError, match="need a CUDA or ROCm GPU and these tensors are on 'cpu'"):
+        sk.resolve_impl("triton", "cpu")
+    monkeypatch.setattr(sk, "triton", None)
+    with pytest.raises(ValueError, match="Triton is not installed"):
+        sk.resolve_impl("triton", "cuda")
+    assert sk.resolve_impl("auto", "cuda") == "eager"
+
+
+@pytest.mark.parametrize("impl", ["auto", "ref", "eager"])
+def test_every_impl_is_dispatched(impl):
+    tensors = make_inputs(5, 3, 20, FP32)
+    want = sk.mhc_step_ref(*tensors)
+    for g, w in zip(sk.mhc_step(*tensors, impl=impl), want, strict=True):
+        torch.testing.assert_close(g, w)
+    torch.testing.assert_close(sk.mhc_post_res(*tensors[:4], impl=impl), want[0])
+    assert torch.equal(sk.sinkhorn(tensors[3]), sk.sinkhorn_ref(tensors[3]))
+    with pytest.raises(ValueError, match="sinkhorn has 'auto', 'ref' and 'triton'"):
+        sk.sinkhorn(tensors[3], impl="eager")
+
+
+@needs_triton
+def test_what_the_kernels_do_not_take():
+    with pytest.raises(ValueError, match="1, 2, 4 or 8 streams, got torch.float32 with 3 streams"):
+        step(*make_inputs(2, 3, 20, FP32))
+    with pytest.raises(ValueError, match="got torch.float64 with 2 streams"):
+        step(*make_inputs(2, 2, 20, torch.float64))
+    tensors = make_inputs(2, 2, 20, BF16)
+    with pytest.raises(ValueError, match="wants phi in fp32 .Eq 10-13., got torch.bfloat16"):
+        step(*tensors[:4], tensors[4].to(BF16), *tensors[5:])
+
+
+def test_the_file_imports_without_triton():
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    code = "import sys; sys.modules['triton'] = None\nimport sinkhorn_kernel as k, torch\n"
+    code += "assert k.triton is None and k.resolve_impl('auto', 'cpu') == 'eager'\nk.sinkhorn(torch.zeros(2, 4, 4))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
