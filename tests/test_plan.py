@@ -72,7 +72,7 @@ def test_impossible_layouts_name_the_rule(capsys, changes, words):
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("residual", ["baseline", "hc", "mhc"])
 def test_activations_against_a_measured_run(residual, bf16):
-    """Within 2 %, and the peak of the backward within 20 %. Under autocast the casts of the weights are kept too."""
+    """Within 2 %, and the peak of the backward within 25 %. Under autocast the casts of the weights are kept too."""
     model = GPT(GPTConfig(**SMALL, residual=residual))
     model.init_weights(0)
     idx = torch.randint(64, (8, 32))
@@ -84,7 +84,7 @@ def test_activations_against_a_measured_run(residual, bf16):
         saved, peak = plan.measured_bytes(model, idx, idx, bf16)
         kept, replay = plan.activation_bytes(model.config, mode, block, e)
         assert N * kept + casts == pytest.approx(saved, rel=0.02), mode
-        assert N * (kept + replay) + casts + streams == pytest.approx(peak, rel=0.2), mode
+        assert N * (kept + replay) + casts + streams == pytest.approx(peak, rel=0.25), mode
 
 
 class Sent(TorchDispatchMode):
