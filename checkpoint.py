@@ -25,10 +25,12 @@ Hyperparameters of the optimizer (LR, betas, decay) are settings, not state: a r
 The order of a save: every process writes its shards under .tmp-step-N and fsyncs them; each hashes its own; process 0
 writes state.json and manifest.json, fsyncs, renames the folder and fsyncs its parent. A kill at any moment leaves
 either the old state or the new. DCP would not notice a shard that is missing or altered: the manifest does.
-Saving is synchronous. DCP's async_save was seen to crash on gloo in one run of two, so it is not offered.
+Saving is synchronous: DCP's async_save crashed on gloo in trials, one run of two even on a group of its own, and is not
+offered. All processes wait for the slowest to write and hash its shards: rank_timeout must be longer than that.
 """
 
 import base64
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -131,13 +133,24 @@ def fsync_folder(path):
         os.close(fd)
 
 
+@contextlib.contextmanager
+def whole_file(path):
+    """A text file to write, which gets its name once it is complete and durable; else nothing is left of it."""
+    try:
+        with open(path + ".tmp", "w") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(path + ".tmp")
+        raise
+
+
 def write_json(path, value):
-    """A whole JSON file or none: temporary name, fsync, rename."""
-    with open(path + ".tmp", "w") as f:
+    with whole_file(path) as f:
         json.dump(value, f, indent=1)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
 
 
 def read_json(path):
@@ -376,7 +389,7 @@ def load(folder, model, optimizer=None):
     tensors = keyed(weights, moments["state"])
     check_fit(folder, stored, {k: t.shape for k, t in tensors.items()})
     dcp_call(dcp.load, tensors, storage_reader=reader)  # in place: fills weights and moments
-    set_model_state_dict(model, weights)
+    set_model_state_dict(model, weights)  # as DCP's contract wants it, though today these are the same tensors
     if moments["state"]:
         set_optimizer_state_dict(model, optimizer, moments)
     if record["world"] == world():
@@ -525,16 +538,13 @@ def trim_records(path, step):
     """Drop from a .jsonl file the records of steps after `step`, which will be written again, and a torn last line."""
     if not os.path.exists(path):
         return
-    with open(path) as f, open(path + ".tmp", "w") as new:
+    with open(path) as f, whole_file(path) as new:
         for line in f:
             try:
                 if json.loads(line)["step"] <= step:
                     new.write(line.rstrip("\n") + "\n")
             except ValueError:  # the line being written when the run was killed
                 continue
-        new.flush()
-        os.fsync(new.fileno())
-    os.replace(path + ".tmp", path)
 
 
 class Stop:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -31,7 +32,7 @@ TINY = dict(
 
 
 def make(seed, kind="one", **changes):
-    """A tiny model (bare, 'ddp' or 'fsdp'), and its optimizer after two steps with gradients that differ everywhere."""
+    """A tiny model (bare, 'ddp', 'fsdp', 'hsdp'), its optimizer after two steps with gradients that differ everywhere."""
     model = GPT(GPTConfig(**TINY | changes))
     model.init_weights(seed)
     for i, gate in enumerate(model.gates()):
@@ -41,6 +42,8 @@ def make(seed, kind="one", **changes):
         net = DistributedDataParallel(model)
     elif kind == "fsdp":
         net = fully_shard(model)
+    elif kind == "hsdp":  # two copies of two shards
+        net = fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.01 * seed)
     for _ in range(2):
         for p in net.parameters():
@@ -153,6 +156,7 @@ def check_resharding(folder, source, seed, targets):
     [
         ("fsdp", 4, {4: ["fsdp"], 2: ["fsdp", "ddp"], 1: ["one", "fsdp"]}),
         ("ddp", 2, {4: ["fsdp"], 1: ["one"]}),
+        ("hsdp", 4, {2: ["fsdp"], 4: ["hsdp"]}),
         ("one", 1, {3: ["fsdp", "ddp"]}),  # 3 divides few of the shapes, and alpha (3,) by 4 leaves an empty shard
     ],
 )
@@ -397,5 +401,10 @@ def test_trim_records(tmp_path):
     path.write_text("\n".join(lines) + '\n{"step": 4, "lo')
     checkpoint.trim_records(str(path), 2)
     assert path.read_text().splitlines() == lines[:3] and path.read_text().endswith("\n")
+    before = path.read_text()
+    path.write_text(before + "7\n")  # not a record: a failure half way through
+    with pytest.raises(TypeError):
+        checkpoint.trim_records(str(path), 1)
+    assert path.read_text() == before + "7\n"
     checkpoint.trim_records(str(tmp_path / "none.jsonl"), 2)
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
