@@ -41,7 +41,7 @@ parallel = "fsdp"  # how they share the model: 'ddp' | 'fsdp'
 seed = 0  # of the faults
 folder = "out/drill"  # emptied first
 checkpoint_interval = 4  # steps
-rank_timeout = 15  # seconds that a hanging process is waited for
+rank_timeout = 12  # seconds that a hanging process is waited for
 minutes = 60.0  # the drill gives up after these; rounds not made are lost
 
 RULES = {"rounds": at_least(1), "ranks": at_least(2), "parallel": one_of("ddp", "fsdp"), "rank_timeout": at_least(2)}
@@ -228,8 +228,17 @@ def full_disk(run, rng):
 
 
 def damage(run, rng, how):
-    """Stop everything, spoil the newest checkpoint and start again: it must be named and not used."""
-    run.wait("two checkpoints", lambda: len(run.checkpoints()) > 1)
+    """Stop everything, spoil the newest checkpoint and start again: it must be named and not used.
+
+    Of the last two, one at a time: if the one before it was spoilt in an earlier round and there has been no save since,
+    the run goes on to the next save first. Two spoilt of two kept would be more than keep_checkpoints=2 can bear."""
+
+    def two():
+        saved = run.checkpoints()
+        return len(saved) > 1 and saved[-1] - saved[-2] <= checkpoint_interval
+
+    run.wait("two checkpoints in a row", two)
+    run.look()
     power_failure(run, rng)
     newest = checkpoint.step_folders(run.out_dir)[-1]
     files = [n for n in sorted(os.listdir(newest)) if how == "flipped" or n.startswith("shard")]
@@ -398,6 +407,8 @@ def drill():
         except Lost as e:
             lost[r] = line = f"LOST: {e}"
             clear_away()
+            if run.torchrun:
+                run.torchrun.wait()
         ended_at.append(run.step())
         print(f"round {r + 1}/{rounds}: {line}", flush=True)
     try:

@@ -32,7 +32,7 @@ TINY = dict(
 
 
 def make(seed, kind="one", **changes):
-    """A tiny model (bare, 'ddp', 'fsdp', 'hsdp'), its optimizer after two steps with gradients that differ everywhere."""
+    """A tiny model (bare, 'ddp', 'fsdp', 'hsdp'), its optimizer after two steps, gradients differing everywhere."""
     model = GPT(GPTConfig(**TINY | changes))
     model.init_weights(seed)
     for i, gate in enumerate(model.gates()):
