@@ -480,8 +480,9 @@ def sinkhorn_backward_kernel(
 
 # Tokens, channels, warps and pipeline stages of one program, by maker and kernel; n = 8 has rows of its own. Chosen by
 # compiling, not by timing: the largest tiles that spill nothing for bf16 x. phi costs 192/BT units a pass, so BT is as
-# large as registers allow; 64 bytes a row (BC = 32) are two full sectors. AMD has 64 KB of shared memory a workgroup,
-# hence fewer stages. Widths smaller than a tile shrink it (blocks). `maps` has no product, so it is not pipelined.
+# large as registers allow; 64 bytes a row (BC = 32) are two full sectors. AMD's warps are twice as wide (8 channels a
+# thread, one 128-bit access, take tiles twice as large) and share 64 KB a workgroup, hence fewer stages. `maps` has no
+# product, so nothing to pipeline for. Widths smaller than a tile shrink it (blocks).
 BLOCKS = {
     "nvidia": {
         "step": (64, 32, 8, 3),
@@ -492,9 +493,9 @@ BLOCKS = {
         "sinkhorn_backward": (16, 1, 4, 1),
     },
     "amd": {
-        "step": (64, 32, 8, 2),
-        "maps": (16, 64, 4, 1),
-        "streams": (32, 32, 8, 2),
+        "step": (64, 32, 4, 2),
+        "maps": (16, 128, 4, 1),
+        "streams": (32, 64, 4, 2),
         "phi": (32, 256, 8, 2),
         "sinkhorn": (64, 1, 4, 1),
         "sinkhorn_backward": (16, 1, 4, 1),

@@ -1,0 +1,61 @@
+"""The bytes the kernels ask for, counted in Triton's interpreter; and that the counter sees what it must refuse."""
+
+import pytest
+import torch
+
+import sinkhorn_kernel
+from kernel_report import Traffic, total, traffic
+from tests.kernel_cases import needs_triton
+
+pytestmark = needs_triton
+if sinkhorn_kernel.triton is not None:
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def copy(x_ptr, y_ptr, N, STEP: tl.constexpr):
+        at = tl.program_id(0) * STEP + tl.arange(0, 16)
+        tl.store(y_ptr + at, tl.load(x_ptr + at, at < N), at < N)
+
+    @triton.jit
+    def write_then_read(x_ptr, y_ptr):
+        at = tl.arange(0, 16)
+        tl.store(y_ptr + at, tl.load(x_ptr + at))
+        tl.store(y_ptr + at, tl.load(y_ptr + at) + 1)
+
+    @triton.jit
+    def add(x_ptr, y_ptr):
+        tl.atomic_add(y_ptr + tl.arange(0, 16), tl.load(x_ptr + tl.arange(0, 16)))
+
+
+def test_a_boundary_moves_what_the_essay_says():
+    forward, backward = traffic(C=128, n=4, T=256)
+    assert total(forward, "streams") == pytest.approx((15, 10))
+    assert total(backward, "streams") == pytest.approx((24, 24))
+    assert total(forward, "phi")[0] <= 4 and total(backward, "phi")[0] <= 14
+
+
+def test_the_counter_counts():
+    x, y = torch.arange(32.0), torch.zeros(32)
+    with Traffic() as seen:
+        copy[(2,)](x, y, 20, STEP=16)
+    assert torch.equal(y[:20], x[:20])
+    assert seen.asked["copy", "streams"] == seen.distinct["copy", "streams"] == 2 * 20 * 4  # masked lanes ask nothing
+    with Traffic() as seen:
+        y.sum(0)
+    assert seen.asked["PyTorch sums", "phi"] == 33 * 4
+
+
+@pytest.mark.parametrize(
+    "launch, message",
+    [
+        (lambda x, y: copy[(2,)](x, y, 32, STEP=8), "two programs write"),
+        (lambda x, y: copy[(3,)](x, y, 48, STEP=16), "outside every argument"),
+        (lambda x, y: write_then_read[(1,)](x, y), "which the same launch wrote"),
+        (lambda x, y: add[(1,)](x, y), "atomic"),
+    ],
+)
+def test_the_counter_refuses(launch, message):
+    memory = torch.zeros(1000)  # x and y inside a larger block, so that a stray access does no harm
+    with pytest.raises(Exception, match=message), Traffic():
+        launch(memory[100:132], memory[500:532])
