@@ -230,8 +230,8 @@ def full_disk(run, rng):
 def damage(run, rng, how):
     """Stop everything, spoil the newest checkpoint and start again: it must be named and not used.
 
-    Of the last two, one at a time: if the one before it was spoilt in an earlier round and there has been no save since,
-    the run goes on to the next save first. Two spoilt of two kept would be more than keep_checkpoints=2 can bear."""
+    Of the last two, one at a time: if the one before was spoilt in an earlier round and there was no save since, the
+    run goes on to the next save first. Two spoilt of two kept would be more than keep_checkpoints=2 can bear."""
 
     def two():
         saved = run.checkpoints()
@@ -428,6 +428,7 @@ def drill():
 def main():
     configure(globals(), RULES)
     os.chdir(os.path.dirname(os.path.abspath(__file__)))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))  # through `finally`: no orphans
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
     try:
