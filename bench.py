@@ -6,6 +6,8 @@
     python bench.py memory                           # recomputation: bytes saved, and the peak, by block length
     python bench.py eval                             # 4-choice scoring with and without shared prefixes
     python bench.py generate                         # one more token after 512: with the latent cache and without
+    python bench.py kernels                          # what compilers make of the Triton kernels; nothing is run
+    python bench.py traffic                          # bytes the Triton kernels ask for, counted in Triton's interpreter
 
 Every figure printed is measured in the run that prints it. Rivals are timed in one process and in turn, so that a slow
 minute of the machine hits all of them alike; the median is reported with its spread.
@@ -17,6 +19,7 @@ import time
 
 import torch
 
+import kernel_report
 import recompute
 from configurator import at_least, configure, fail
 from model import GPT, MLA, GPTConfig, LatentCache, MoE, RMSNorm, make_residual, rope_angles
@@ -357,7 +360,17 @@ def memory():
         print(f"  smallest measured peak: L_r = {min(peaks, key=peaks.get)}")
 
 
-COMMANDS = {f.__name__: f for f in (memory, cpu, generate)} | {"eval": evaluation}
+def kernels():
+    """What the compilers make of the Triton kernels, for three NVIDIA chips and one of AMD."""
+    raise SystemExit(kernel_report.main("compile"))
+
+
+def traffic():
+    """Bytes the Triton kernels ask for at one boundary, forward and backward."""
+    raise SystemExit(kernel_report.main("traffic"))
+
+
+COMMANDS = {f.__name__: f for f in (memory, cpu, generate, kernels, traffic)} | {"eval": evaluation}
 
 
 def main():

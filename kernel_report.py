@@ -331,7 +331,7 @@ def print_compile(C=2560, n=4):
         print(f"{row['kernel']:26}{row['target']:8}{cells}")
 
 
-def main(what, *numbers):
+def main(what="compile", *numbers):
     """Run `traffic` (in the interpreter) or `compile` (without it) in a process of its own, as each needs."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"TRITON_INTERPRET": "1"} if what == "traffic" else {}
