@@ -1,7 +1,7 @@
 """Break a training run on purpose, over and over, and show that nothing is lost but the steps since the last save.
 
     python drill.py --rounds=50              # about 20 minutes on two cores; `make drill`
-    python drill.py --rounds=11 --seed=3     # every kind of fault once
+    python drill.py --rounds=12 --seed=3     # every kind of fault once
 
 One tiny run of `ranks` gloo processes under torchrun --max-restarts is disturbed once a round, in the middle of
 training or of a save. After each fault the run has to come back, through torchrun or through the same command given
