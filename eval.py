@@ -312,10 +312,10 @@ def main():
         missing += lacking
     if is_main():
         conclude(records, missing, path, results)
+        if not records:
+            fail("nothing could be scored")
     if dist.is_initialized():
         dist.destroy_process_group()
-    if not records and is_main():
-        fail("nothing could be scored")
 
 
 def conclude(records, missing, path, results):

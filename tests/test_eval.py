@@ -187,8 +187,12 @@ def on_a_rank(folder, runs, out):
     sys.argv = ["eval.py", "mhc", f"--eval_dir={folder}", "--device=cpu", f"--out_dir={out}", "--batch_tokens=3000"]
     sys.argv += ["--tasks=loss,piqa,mmlu,triviaqa", "--save_predictions=True"]
     evaluation.start_processes = lambda device: device
-    evaluation.dist.destroy_process_group = lambda: None  # the caller's
+    begun, evaluation.dist.is_initialized = evaluation.dist.is_initialized, lambda: not ended
+    ended = []
+    evaluation.dist.destroy_process_group = lambda: ended.append(True)  # in earnest by the caller
     evaluation.main()
+    assert ended
+    evaluation.dist.is_initialized = begun
 
 
 def test_two_processes_give_the_same_bits(folder, runs, monkeypatch):

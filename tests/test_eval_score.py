@@ -129,6 +129,7 @@ def test_encoding_of_pairs():
 
 def test_common_prefix():
     assert common_prefix([[1, 2, 3], [1, 2], [1, 2, 4]]) == 2
+    assert common_prefix([[1, 2], [1, 3], [1, 2]]) == 1 == common_prefix([[1, 3], [1, 2], [1, 3]])
     assert common_prefix([[1], [2]]) == 0 and common_prefix([[1, 2]]) == 2 and common_prefix([[], [1]]) == 0
 
 
