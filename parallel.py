@@ -268,7 +268,8 @@ def check_batch(batch_size, micro_batch_size, world):
     if batch_size % world == 0:
         ways.append(f"micro_batch_size={nearest_divisor(micro_batch_size, batch_size // world)}")
     if batch_size % micro_batch_size == 0 and world > 1:
-        ways.append(f"{nearest_divisor(world, batch_size // micro_batch_size)} processes")
+        fewer = nearest_divisor(world, batch_size // micro_batch_size)
+        ways.append(f"{fewer} process{'es' if fewer > 1 else ''}")
     raise ValueError(
         f"batch_size={batch_size} is not a multiple of micro_batch_size={micro_batch_size} x {world} process"
         f"{'es' if world > 1 else ''}; the nearest that fit: {', or '.join(ways)}"
