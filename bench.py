@@ -8,6 +8,7 @@
     python bench.py generate                         # one more token after 512: with the latent cache and without
     python bench.py kernels                          # what compilers make of the Triton kernels; nothing is run
     python bench.py traffic                          # bytes the Triton kernels ask for, counted in Triton's interpreter
+    python bench.py gpu                              # times of the Triton kernels; needs a GPU
 
 Every figure printed is measured in the run that prints it. Rivals are timed in one process and in turn, so that a slow
 minute of the machine hits all of them alike; the median is reported with its spread.
@@ -370,7 +371,12 @@ def traffic():
     raise SystemExit(kernel_report.main("traffic"))
 
 
-COMMANDS = {f.__name__: f for f in (memory, cpu, generate, kernels, traffic)} | {"eval": evaluation}
+def gpu():
+    """Times of the Triton kernels, against a copy and against the twin, plain and compiled; needs a GPU."""
+    raise SystemExit(kernel_report.main("gpu"))
+
+
+COMMANDS = {f.__name__: f for f in (memory, cpu, generate, kernels, traffic, gpu)} | {"eval": evaluation}
 
 
 def main():

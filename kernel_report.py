@@ -1,10 +1,11 @@
-"""What can be known of the kernels without a GPU: the bytes they ask for, and what the compiler makes of them.
+"""What can be known of the kernels without a GPU: the bytes they ask for, what compilers make of them. With one: times.
 
     python kernel_report.py traffic [C n tokens]     # Triton's interpreter, every load and store counted; bf16
     python kernel_report.py compile [C n]            # ahead of time, for three NVIDIA chips and one of AMD; bf16
+    python kernel_report.py gpu [C n tokens]         # times; needs a GPU
 
-`python bench.py traffic` and `python bench.py kernels` print the same. Nothing here is a time. Also
-`hardware_arithmetic`, without which the numbers of Triton's interpreter do not mean anything.
+`python bench.py traffic`, `kernels` and `gpu` print the same. `hardware_arithmetic` is for whoever runs the kernels in
+Triton's interpreter: its numbers mean little without.
 """
 
 import contextlib
@@ -277,8 +278,12 @@ def compile_ahead(kernel, named, options, target):
     return triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
 
 
-def tile_bits(ttgir, element="bf16"):
-    """The narrowest access of one thread to a tile of streams, in bits, from the layouts the compiler chose."""
+def tile_bits(ttgir, dtype):
+    """The narrowest access of one thread to a tile of 16-bit streams, in bits, from the layouts the compiler chose;
+    None for fp32 streams, which the layouts do not tell from mappings."""
+    if dtype.itemsize != 2:
+        return None
+    element = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
     widths = dict(re.findall(r"^#(\w+) = #ttg\.blocked<\{sizePerThread = \[([\d, ]+)\]", ttgir, re.M))
     used = re.findall(rf"(?:tt\.load|tt\.store|async_copy_global_to_local) .*?!tt\.ptr<{element}>, #(\w+)>", ttgir)
     return min(int(widths[layout].split(",")[-1]) for layout in used) * 16
@@ -317,7 +322,7 @@ def compile_report(C=2560, n=4, targets=tuple(TARGETS), dtype=torch.bfloat16):
             resident = min(resident, SHARED_MEMORY["sm_90"] // (compiled.metadata.shared + 1024))
             row = {"kernel": kernel.__name__, "target": target, "registers": registers, "spilled": spilled}
             row |= {"shared": compiled.metadata.shared, "tensor": len(re.findall(mma, asm)), "programs": programs}
-            row |= {"atomics": len(re.findall(atomic, asm)), "tile_bits": tile_bits(compiled.asm["ttgir"])}
+            row |= {"atomics": len(re.findall(atomic, asm)), "tile_bits": tile_bits(compiled.asm["ttgir"], dtype)}
             rows.append(row | {"in_flight": min(programs, 132 * resident) if target == "sm_90" else None})
     return rows
 
@@ -331,8 +336,46 @@ def print_compile(C=2560, n=4):
         print(f"{row['kernel']:26}{row['target']:8}{cells}")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# On a GPU.
+
+UNITS = {"mhc_step_kernel": 15, "maps_backward_kernel": 5, "phi_backward_kernel": 4, "streams_backward_kernel": 15}
+
+
+def print_gpu(C=2560, n=4, T=16384):
+    """Times on a GPU: a copy; each kernel with the bandwidth of the streams it asks for; forward + backward by impl."""
+    if not torch.cuda.is_available():
+        sys.exit("timing kernels needs a GPU and PyTorch sees none here; `traffic` and `compile` need none")
+    from triton.testing import do_bench
+
+    import sinkhorn_kernel as sk
+
+    print(f"{torch.cuda.get_device_name()}: n = {n}, C = {C}, {T} tokens, bf16")
+    tensors = example(C, n, T, device="cuda")
+    x, unit = tensors[0], 2 * C * T
+    target = torch.empty_like(x)
+    copy_ms = do_bench(lambda: target.copy_(x))
+    print(f"copy of x: {copy_ms:.3f} ms, {2 * n * unit / copy_ms / 1e6:.0f} GB/s")
+    run_boundary(tensors)  # compile
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(20):
+            run_boundary(tensors)
+    for event in profile.key_averages():
+        if event.key in UNITS:
+            ms = event.device_time_total / event.count / 1e3
+            print(f"{event.key:26}{ms:8.3f} ms {UNITS[event.key] * unit / ms / 1e6:8.0f} GB/s of streams")
+    leaves = [t.requires_grad_() for t in tensors]
+    compiled_twin = torch.compile(sk.mhc_step_ref)
+    for name, step in {"triton": sk.step_op, "twin": sk.mhc_step_ref, "twin compiled": compiled_twin}.items():
+        outs = step(*leaves, 20, 1e-20)[:4]
+        ones = [torch.ones_like(o) for o in outs]
+        forward = do_bench(lambda step=step: step(*leaves, 20, 1e-20))
+        both = do_bench(lambda step=step, ones=ones: torch.autograd.grad(step(*leaves, 20, 1e-20)[:4], leaves, ones))
+        print(f"{name:16} forward {forward:8.3f} ms, forward + backward {both:8.3f} ms")
+
+
 def main(what="compile", *numbers):
-    """Run `traffic` (in the interpreter) or `compile` (without it) in a process of its own, as each needs."""
+    """Run `traffic` (in the interpreter), or `compile` or `gpu` (without it), in a process of its own."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"TRITON_INTERPRET": "1"} if what == "traffic" else {}
     command = [sys.executable, __file__, what, *map(str, numbers)]
@@ -341,8 +384,9 @@ def main(what="compile", *numbers):
 
 if __name__ == "__main__":
     what, *numbers = sys.argv[1:] or ["help"]
-    if what not in ("traffic", "compile"):
+    prints = {"traffic": print_traffic, "compile": print_compile, "gpu": print_gpu}
+    if what not in prints:
         sys.exit(__doc__)
     if "KERNEL_REPORT_CHILD" not in os.environ:
         sys.exit(main(what, *numbers))
-    (print_traffic if what == "traffic" else print_compile)(*map(int, numbers))
+    prints[what](*map(int, numbers))
