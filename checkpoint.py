@@ -34,6 +34,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -179,6 +180,12 @@ def step_folders(out_dir):
     """The checkpoints of a run, oldest first; whether they are whole is not looked at."""
     names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
     return [os.path.join(out_dir, n) for n in sorted(names, key=lambda n: (len(n), n)) if STEP_FOLDER.fullmatch(n)]
+
+
+def free_name(path):
+    """path, or path-2, path-3 ...: the first that is not there."""
+    names = itertools.chain([path], (f"{path}-{k}" for k in itertools.count(2)))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def remove_folder(folder):
@@ -364,8 +371,7 @@ def resume_point(out_dir):
                 shutil.rmtree(os.path.join(out_dir, name))
 
     def set_aside(folder, problem):
-        aside = os.path.join(out_dir, "broken-" + os.path.basename(folder))
-        on_rank_0(lambda: (shutil.rmtree(aside, ignore_errors=True), os.rename(folder, aside)))
+        on_rank_0(lambda: os.rename(folder, free_name(os.path.join(out_dir, "broken-" + os.path.basename(folder)))))
 
     on_rank_0(clean)
     return latest_complete(out_dir, set_aside)
@@ -520,18 +526,16 @@ def same_run(out_dir, folder, origin):
 
 
 def move_aside(out_dir):
-    """For --init_from=scratch: rename a run folder to <out_dir>.old-1 (or -2 ...). -> its new name, None if not there.
+    """For --init_from=scratch: rename a run folder to <out_dir>.old (.old-2 ...). -> its new name, None if not there.
 
     Nothing is removed. A worker that torchrun restarts goes on with the run it began instead."""
     if not os.path.isdir(out_dir) or not os.listdir(out_dir) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         return None
     lock(out_dir)
     held_locks.pop(os.path.realpath(out_dir)).close()
-    out_dir, k = os.path.normpath(out_dir), 1
-    while os.path.exists(f"{out_dir}.old-{k}"):
-        k += 1
-    os.rename(out_dir, f"{out_dir}.old-{k}")
-    return f"{out_dir}.old-{k}"
+    aside = free_name(os.path.normpath(out_dir) + ".old")
+    os.rename(out_dir, aside)
+    return aside
 
 
 def trim_records(path, step):

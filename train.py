@@ -43,7 +43,7 @@ device = "auto"  # 'cpu' | 'cuda' | 'mps'; 'auto': the best there is, and it is 
 dtype = "float32"  # 'bfloat16': autocast outside the mappings; the streams are bf16 then (Eq 11)
 compile = False  # torch.compile the sublayers
 dry_run = False  # print what the run would take, and stop
-init_from = "resume"  # go on with the unfinished run in out_dir, if any; 'scratch': move it to <out_dir>.old-1 first
+init_from = "resume"  # go on with the unfinished run in out_dir, if any; 'scratch': move it to <out_dir>.old first
 # -- the model: see GPTConfig ---------------------------------------------------------------------------------------
 vocab_size = 0  # 0: the corpus's own; more pads the embedding and the head
 seq_len = 1024

@@ -288,6 +288,10 @@ def test_broken_ones_are_set_aside_at_a_resume(tmp_path):
     assert checkpoint.resume_point(str(tmp_path)) == str(tmp_path / "step-00000002")
     assert steps(tmp_path) == [1, 2] and os.path.isdir(tmp_path / "broken-step-00000003")
     assert not any(name.startswith(".tmp-step") for name in os.listdir(tmp_path))
+    save(tmp_path, 3)
+    flip(tmp_path / "step-00000003" / "state.json", 99)
+    assert checkpoint.resume_point(str(tmp_path)) == str(tmp_path / "step-00000002")
+    assert os.path.isdir(tmp_path / "broken-step-00000003-2")  # beside the first
     save(tmp_path, 4)
     assert steps(tmp_path) == [2, 4]  # the broken one was not counted among the two
 
@@ -386,10 +390,10 @@ def test_a_folder_in_use_is_refused(tmp_path):
 def test_move_aside(tmp_path, monkeypatch):
     run = tmp_path / "run"
     assert checkpoint.move_aside(str(run)) is None
-    for k in (1, 2):
+    for k, name in ((1, f"{run}.old"), (2, f"{run}.old-2")):
         save(run, k)
-        assert checkpoint.move_aside(str(run) + "/") == f"{run}.old-{k}"
-        assert not run.exists() and steps(f"{run}.old-{k}") == [k]
+        assert checkpoint.move_aside(str(run) + "/") == name
+        assert not run.exists() and steps(name) == [k]
     save(run, 3)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert checkpoint.move_aside(str(run)) is None and steps(run) == [3]

@@ -95,15 +95,16 @@ def kill_me():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@pytest.mark.parametrize("step", [2, 11, 14])
-def test_kill_and_resume_is_the_straight_run(root, step):
-    """11: 10 steps, kill -9, resume, 10 more. 2: before the first checkpoint. 14: steps and an evaluation again."""
-    run = f"killed{step}"
-    codes, _ = start(root, run, hook=at_step(step, kill_me))
+@pytest.mark.parametrize("step, interval", [(2, 5), (11, 5), (14, 5), (14, 6)])
+def test_kill_and_resume_is_the_straight_run(root, step, interval):
+    """11: 10 steps, kill -9, resume, 10 more. 2: before the first checkpoint. 14: steps and an evaluation again, or
+    from a checkpoint that was evaluated before it was saved: not again."""
+    run, more = f"killed{step}_{interval}", f"--checkpoint_interval={interval}"
+    codes, _ = start(root, run, more, hook=at_step(step, kill_me))
     assert codes == [-signal.SIGKILL]
-    codes, output = start(root, run)
+    codes, output = start(root, run, more)
     assert codes == [0], output
-    assert (f"going on from {root / run}/step-{step // 5 * 5:08d}" in output) == (step > 5)
+    assert (f"going on from {root / run}/step-{step // interval * interval:08d}" in output) == (step > interval)
     check_same_run(root, run)
 
 
@@ -249,8 +250,8 @@ def test_scratch_moves_the_old_run_aside(root):
     start(root, "twice", "--max_steps=3")
     old = (root / "twice" / "metrics.jsonl").read_bytes()
     codes, output = start(root, "twice", "--max_steps=2", "--residual=hc", "--init_from=scratch")
-    assert codes == [0] and f"is now in {root / 'twice'}.old-1" in output
-    assert (root / "twice.old-1" / "metrics.jsonl").read_bytes() == old
+    assert codes == [0] and f"is now in {root / 'twice'}.old" in output
+    assert (root / "twice.old" / "metrics.jsonl").read_bytes() == old
     assert checkpoint.step_of(checkpoint.latest_complete(str(root / "twice"))) == 2
 
 
