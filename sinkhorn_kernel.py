@@ -43,8 +43,9 @@ Precision. phi is multiplied as three bf16 terms when x is bf16 (24 bits, produc
 both on tensor cores; the gradient through phi to a bf16 x is tf32. DOTS = 'ieee' asks for plain fp32 everywhere.
 
 What it trades. Compile-time switches (HAS_Y, HAS_NEXT) instead of three operations; registers (one program to an SM)
-for bytes; for x in fp32, or n = 8, correctness without the promise that nothing spills. tests/test_kernel_compile.py
-guards what the compiler makes of it; where the order of lines matters to it, a comment says so.
+for bytes. The forward has one program a 64 tokens, so 4096 tokens fill half of an H100's 132 processors and 8192 all;
+smaller programs would read phi more often. With x in fp32, or n = 8, it is right but may spill. What compilers make of
+it is guarded by tests/test_kernel_compile.py; where the order of lines matters to them, a comment says so.
 """
 
 from __future__ import annotations
@@ -516,6 +517,8 @@ def blocks(kernel, n, C):
 
 def precision(x, to_bf16=False):
     """How a product with fp32 phi or d_proj is multiplied; to_bf16: the result ends in a bf16 gradient."""
+    if DOTS not in ("auto", "ieee"):
+        raise ValueError(f"sinkhorn_kernel.DOTS={DOTS!r}: wanted 'auto' or 'ieee'")
     if DOTS == "ieee" or (MAKER == "amd" and x.dtype != torch.bfloat16):
         return "ieee"
     if x.dtype != torch.bfloat16:

@@ -137,6 +137,18 @@ def test_what_the_kernels_do_not_take():
         step(*tensors[:4], tensors[4].to(BF16), *tensors[5:])
 
 
+@needs_triton
+def test_ieee_products_on_request(interpreted, monkeypatch):
+    tensors = make_inputs(3, 2, 20, BF16)
+    want = step(*tensors)
+    monkeypatch.setattr(sk, "DOTS", "ieee")
+    for g, w in zip(step(*tensors), want, strict=True):
+        torch.testing.assert_close(g, w)
+    monkeypatch.setattr(sk, "DOTS", "iee")
+    with pytest.raises(ValueError, match="wanted 'auto' or 'ieee'"):
+        step(*tensors)
+
+
 def test_the_file_imports_without_triton():
     import subprocess
     import sys
