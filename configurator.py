@@ -9,7 +9,7 @@
 
 The default of a setting fixes its type: an int is taken where a float is wanted, 1e5 where an int is, true/false in any
 case for a bool, strings verbatim. Files compose from left to right; flags win wherever they stand. Anything else is one
-line on stderr and exit code 2. Names with a leading underscore are a file's own and are not settings.
+line on stderr and exit code 2. Names with a leading underscore are a file's own and are not settings, nor are CONSTANTS.
 """
 
 import difflib
@@ -104,11 +104,13 @@ def print_help(settings, script):
 def configure(script_globals, rules=None, argv=None):
     """Apply files and flags to a script's globals and return all its settings as a dict.
 
-    script_globals: the caller's globals(); every public bool, int, float or str in it so far is a setting.
+    script_globals: the caller's globals(); every bool, int, float or str in it so far is a setting, but for names that
+    begin with an underscore or are all capitals, which are constants.
     rules: {name: (test, words)}; a value for which test(value) is false ends the program, saying `words` is wanted.
     argv: the arguments, sys.argv[1:] by default. Prints only what changed, each with its source.
     """
-    defaults = {k: v for k, v in script_globals.items() if not k.startswith("_") and type(v) in TYPES}
+    settings = {k: v for k, v in script_globals.items() if not k.startswith("_") and not k.isupper()}
+    defaults = {k: v for k, v in settings.items() if type(v) in TYPES}
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print_help(defaults, script_globals.get("__file__") or "")

@@ -12,7 +12,7 @@ RULES = {
 
 def run(*argv, **more):
     settings = dict(n_layer=12, n_streams=4, residual="mhc", lr=1e-3, beta1=0.9, compile=False, max_steps=100, name="a")
-    script_globals = settings | more | {"_private": 1, "a_list": [], "configure": configure, "__file__": __file__}
+    script_globals = settings | more | {"_private": 1, "CONSTANT": 7, "a_list": [], "configure": configure, "__file__": __file__}
     config = configure(script_globals, RULES, [str(a) for a in argv])
     assert all(script_globals[k] == v for k, v in config.items())  # the script's globals follow
     return config
@@ -51,7 +51,7 @@ def test_flags_take_the_type_of_the_default(flag, name, value):
         ("--n_layer=", "a whole number"), ("--n_layer=-3", "a number of at least 1"), ("--n_streams=0", "at least 1"),
         ("--residual=mch", "one of 'baseline', 'hc', 'mhc'"), ("--lr=0", "above 0"), ("--beta1=2", "from 0 to 1"),
         ("n_layer=3", "--name=value"), ("-n_layer=3", "--name=value"), ("--=3", "a value is missing"),
-        ("--_private=3", "unknown setting"), ("--a_list=3", "unknown setting"),
+        ("--_private=3", "unknown setting"), ("--CONSTANT=3", "unknown setting"), ("--a_list=3", "unknown setting"),
     ],
 )  # fmt: skip
 def test_mistakes_in_flags_are_one_line(capsys, flag, words):
