@@ -22,7 +22,7 @@ import torch
 
 import kernel_report
 import recompute
-from configurator import at_least, configure, fail
+from configurator import at_least, between, configure, fail
 from model import GPT, MLA, GPTConfig, LatentCache, MoE, RMSNorm, make_residual, rope_angles
 from plan import measured_bytes
 
@@ -41,11 +41,24 @@ shot_tokens = 2000  # tokens of the examples in front of every question
 question_tokens = 60
 choice_tokens = 25
 # bench.py generate
-context = 512  # tokens before the one that is timed
+context = 512  # tokens before the one that is timed; one of them is run, so 2 at least
 # bench.py memory
 depths = "24,60"  # sublayers L; 60 is the paper's 27B model
 n_streams = 4
-# (further subcommands keep their settings here, under a comment of their own)
+
+POSITIVE = ("tokens", "seq_len", "questions", "question_tokens", "choice_tokens", "n_streams")
+RULES = {
+    **dict.fromkeys(POSITIVE, at_least(1)), **dict.fromkeys(("threads", "shot_tokens"), at_least(0)),
+    "rounds": at_least(2), "context": at_least(2), "seed": between(0, 2**63 - 1),
+}  # fmt: skip
+
+
+def some_of(name, known):
+    """A setting like '512,1280' as a list of strings; one that is not in `known` ends the program."""
+    values = globals()[name].split(",")
+    if unknown := [v for v in values if v not in known]:
+        fail(f"{name}={globals()[name]!r}: wanted some of {', '.join(known)}, got {', '.join(map(repr, unknown))}")
+    return values
 
 
 def time_in_turn(functions, rounds, warmup=1):
@@ -219,11 +232,11 @@ def cpu():
     """What HC and mHC add to one transformer block, forward and backward, on this CPU."""
     if tokens % seq_len:
         fail(f"tokens={tokens}: wanted a multiple of seq_len={seq_len}")
-    if unknown := set(widths.split(",")) - set(map(str, SHAPES)):
-        fail(f"widths={widths!r}: {', '.join(unknown)} has no block; wanted some of {', '.join(map(str, SHAPES))}")
+    some_of("impls", ("ref", "eager", "compiled"))  # those that run on a CPU
+    chosen = [int(C) for C in some_of("widths", list(map(str, SHAPES)))]  # only these have a block
     torch.set_num_threads(threads or torch.get_num_threads())
     torch.manual_seed(seed)
-    for C in map(int, widths.split(",")):
+    for C in chosen:
         with torch._inductor.config.patch(force_disable_caches=True):  # compile time as a first user sees it
             variants, notes = cpu_variants(C)
         if not profile:
@@ -244,6 +257,8 @@ def print_profile(title, step):
 # ----------------------------------------------------------------------------------------------------------------------
 # bench.py eval
 
+CONTEXT = 4096  # tokens; a longer prompt would be cut on the left and share nothing
+
 
 def evaluation():
     """4-choice questions behind long few-shot prompts: every sequence whole, and with shared prefixes (eval_score)."""
@@ -251,7 +266,10 @@ def evaluation():
 
     if threads:
         torch.set_num_threads(threads)
-    model = GPT(GPTConfig(vocab_size=2048, seq_len=4096, n_layer=2, n_embd=128, n_head=4, kv_lora_rank=64,
+    longest = shot_tokens + question_tokens + choice_tokens
+    if longest > CONTEXT:
+        fail(f"shot_tokens + question_tokens + choice_tokens = {longest}: wanted at most {CONTEXT}, the context")
+    model = GPT(GPTConfig(vocab_size=2048, seq_len=CONTEXT, n_layer=2, n_embd=128, n_head=4, kv_lora_rank=64,
                           qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32, intermediate_size=384,
                           n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=96))  # fmt: skip
     model.init_weights(seed)
@@ -309,8 +327,6 @@ def next_token(model):
 @torch.inference_mode()
 def generate():
     """One more token after a context: MLA's compressed cache against a whole forward, on this CPU."""
-    if context < 2:
-        fail(f"context={context}: wanted at least 2, one token for the cache and one to run")
     torch.set_num_threads(threads or torch.get_num_threads())
     print(f"one token after {context}, one sequence, fp32, 12 blocks; {torch.get_num_threads()} threads, "
           f"median of {rounds} rounds in turn")  # fmt: skip
@@ -341,7 +357,10 @@ def thin_model(L, C=128):
 def memory():
     """Bytes saved for the backward, and its peak, at several block lengths L_r, beside Table 3's formula."""
     n = n_streams
-    for L in map(int, depths.split(",")):
+    lengths = depths.split(",")
+    if not all(L.isdecimal() and int(L) > 0 and int(L) % 2 == 0 for L in lengths):
+        fail(f"depths={depths!r}: wanted even numbers above 0 (a block is two sublayers) with commas between them")
+    for L in map(int, lengths):
         model = thin_model(L)
         idx = torch.randint(32, (1, 64), generator=torch.Generator().manual_seed(seed))
         unit = 4 * model.config.n_embd * idx.numel()  # C fp32 numbers a token
@@ -349,8 +368,8 @@ def memory():
         print(f"L = {L} sublayers, n = {n}; all in units of C a token. L_r* = {best} (Eq 20)\n"
               f"  {'recompute':>9} {'L_r':>4} {'saved':>8} {'n ceil(L/L_r) + L':>18} {'peak':>8} "
               f"{'n ceil(L/L_r) + (n+2) L_r':>26} {'peak - L':>9}")  # fmt: skip
-        lengths = sorted({1, 2, 3, *range(max(1, best - 2), best + 4), 2 * best, L})
-        for mode, block in [("none", -1), ("full", -1), *(("mhc", block) for block in lengths)]:
+        blocks = sorted({1, 2, 3, *range(max(1, best - 2), best + 4), 2 * best, L})
+        for mode, block in [("none", -1), ("full", -1), *(("mhc", block) for block in blocks)]:
             block = recompute.apply(model, mode, block)
             saved, peak = (v / unit for v in measured_bytes(model, idx, idx))
             kept, cost = n * -(-L // block) + L, recompute.block_cost(L, block, n)
@@ -376,7 +395,13 @@ def gpu():
     raise SystemExit(kernel_report.main("gpu"))
 
 
-COMMANDS = {f.__name__: f for f in (memory, cpu, generate, kernels, traffic, gpu)} | {"eval": evaluation}
+COMMANDS = {f.__name__: f for f in (cpu, memory, generate, kernels, traffic, gpu)} | {"eval": evaluation}
+SETTINGS = {  # what each reads; the others read none
+    "cpu": ("widths", "tokens", "seq_len", "impls", "rounds", "threads", "profile", "seed"),
+    "eval": ("questions", "shot_tokens", "question_tokens", "choice_tokens", "rounds", "threads", "seed"),
+    "generate": ("context", "rounds", "threads", "seed"),
+    "memory": ("depths", "n_streams", "seed"),
+}
 
 
 def main():
@@ -388,9 +413,12 @@ def main():
             raise SystemExit(0)
         print(f"error: {sys.argv[1]!r}: wanted one of {names} as the first argument", file=sys.stderr)
         raise SystemExit(2)
-    command = COMMANDS[sys.argv.pop(1)]
-    configure(globals(), {"tokens": at_least(1), "rounds": at_least(2), "threads": at_least(0)})
-    command()
+    name, defaults = sys.argv.pop(1), dict(globals())
+    settings = configure(globals(), RULES)
+    mine = SETTINGS.get(name, ())
+    if foreign := [k for k, v in settings.items() if v != defaults[k] and k not in mine]:
+        fail(f"bench.py {name} does not use {', '.join(foreign)}; it reads {', '.join(mine) or 'no settings'}")
+    COMMANDS[name]()
 
 
 if __name__ == "__main__":
