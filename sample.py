@@ -50,7 +50,7 @@ RULES = {
     "temperature": at_least(0),
     "top_k": at_least(0),
     "top_p": (lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
-    "seed": between(0, 2**62),
+    "seed": between(0, 2**32 - 1),  # torch's generator on the CPU tells no more apart
     "device": one_of("auto", "cpu", "cuda", "mps"),
     "dtype": one_of("float32", "bfloat16"),
 }
@@ -233,6 +233,8 @@ def main():
         settings = configure(globals(), RULES, others)
     if len(checkpoints) != 1:
         fail(f"wanted one run folder or step folder, like python sample.py out/demo/mhc; got {len(checkpoints)}")
+    if seed + num_samples > 2**32:
+        fail(f"seed={seed}: wanted at most {2**32 - num_samples} for {num_samples} samples, each of which adds one")
     text = read_prompt(prompt)
     model, encoding = open_checkpoint(checkpoints[0], settings)
     tokens = encode_prompt(encoding, text)

@@ -92,6 +92,8 @@ def test_beyond_the_trained_length_a_line_says_so(run):
         (["--num_samples=0"], "num_samples=0: wanted a number of at least 1"),
         (["--max_new_tokens=0"], "max_new_tokens=0: wanted a number of at least 1"),
         (["--seed=-1"], "seed=-1: wanted a number from 0"),
+        (["--seed=4294967296"], "seed=4294967296: wanted a number from 0 to 4294967295"),
+        (["--seed=4294967295", "--num_samples=2"], "wanted at most 4294967294 for 2 samples"),
         (["--temprature=1"], "did you mean temperature?"),
         (["--prompt=FILE:/no/such"], "the file cannot be read (No such file or directory)"),
         (["--data_dir=/no/such"], "no prepared corpus here"),
