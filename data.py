@@ -168,12 +168,15 @@ def read_meta(data_dir):
     path = os.path.join(data_dir, "meta.json")
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
+            meta = json.load(f)
     except FileNotFoundError:
         raise DataError(f"{data_dir}: no prepared corpus here (no meta.json); make one with "
                         f"`python prepare_data.py --data_dir={data_dir} --dataset=... --tokenizer=...`") from None
-    except json.JSONDecodeError as e:
+    except ValueError as e:  # no JSON, or not even UTF-8
         raise DataError(f"{path}: not JSON ({e}); prepare the data again") from None
+    if not isinstance(meta, dict):
+        raise DataError(f"{path}: wanted a JSON object, got {type(meta).__name__}; prepare the data again")
+    return meta
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -240,7 +240,7 @@ def download(url, path, size=None, sha256=None, mirror=""):
     Raises DownloadError. Whatever happens, `path` is either absent, or whole and checked; what was had of it stays as
     <path>.part, to be continued, but for a full disk, which leaves nothing.
     """
-    record = read_record(path + ".json")
+    record = read_record(path + ".json", ("url", "bytes", "sha256", "published_sha256"))
     known = sha256 or (record and record["url"] == url and record["sha256"])
     if known and os.path.exists(path):  # with a published sha256 the file may also have been put there by hand
         if sha256_file(path) == known:
@@ -267,6 +267,7 @@ def download(url, path, size=None, sha256=None, mirror=""):
 def fetch_part(url, part, size, sha256):
     """Bring `part` to its full length, continuing what is there; returns its record."""
     have = usable_part(url, part)
+    sha256 = sha256 or have["whole_sha256"]
     stream = Stream(url, have["bytes"], have["hasher"], have["validator"], size, sha256, have["total"])
     try:
         with open(part, "r+b" if have["bytes"] else "wb", buffering=0) as f:
@@ -322,14 +323,16 @@ def note_progress(stream, f, part):
     """
     os.fsync(f.fileno())
     write_json(part + ".json", {"url": stream.url, "validator": stream.validator, "total": stream.total,
-                                "bytes": stream.position, "sha256": stream.hasher.hexdigest()})
+                                "bytes": stream.position, "sha256": stream.hasher.hexdigest(),
+                                "whole_sha256": stream.sha256})
     return stream.position
 
 
 def usable_part(url, part):
-    """What an earlier try left that can be trusted: bytes, hasher over them, validator, total; else zero bytes."""
-    nothing = {"bytes": 0, "hasher": hashlib.sha256(), "validator": "", "total": None}
-    record = read_record(part + ".json")
+    """What an earlier try left that can be trusted: bytes, hasher over them, validator, and total and whole_sha256 of
+    the file if they were learnt; else zero bytes."""
+    nothing = {"bytes": 0, "hasher": hashlib.sha256(), "validator": "", "total": None, "whole_sha256": None}
+    record = read_record(part + ".json", ("url", "bytes", "sha256", "validator", "total", "whole_sha256"))
     if not record or record["url"] != url or not os.path.exists(part) or os.path.getsize(part) < record["bytes"]:
         return nothing
     hasher, left = hashlib.sha256(), record["bytes"]
@@ -345,21 +348,27 @@ def usable_part(url, part):
 
 
 def write_json(path, value):
-    """Write JSON under a temporary name, bring it to the disk, rename it."""
-    with open(path + ".tmp", "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1, ensure_ascii=False)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(path + ".tmp", path)
+    """Write JSON under a temporary name, bring it to the disk, rename it; a failure leaves nothing behind."""
+    try:
+        with open(path + ".tmp", "w", encoding="utf-8") as f:
+            json.dump(value, f, indent=1, ensure_ascii=False)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(path + ".tmp", path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".tmp")
+        raise
 
 
-def read_record(path):
-    """A JSON file of ours, or None if there is none or it is damaged (then it is as good as none)."""
+def read_record(path, keys=()):
+    """A JSON object of ours. None if there is none, or it is damaged or lacks a key: then it is as good as none."""
     try:
         with open(path, encoding="utf-8") as f:
-            return json.load(f)
-    except (FileNotFoundError, json.JSONDecodeError):
+            record = json.load(f)
+    except (FileNotFoundError, ValueError):  # no JSON, or not even UTF-8
         return None
+    return record if isinstance(record, dict) and all(k in record for k in keys) else None
 
 
 def remove(*paths):

@@ -78,6 +78,10 @@ def test_split_smaller_than_a_sequence(tmp_path):
 def test_missing_things_are_named(tmp_path):
     with pytest.raises(DataError, match="no prepared corpus here.*prepare_data.py"):
         Corpus(str(tmp_path), "val", 8)
+    for content in (b"{", b"\xff", b"[]"):
+        (tmp_path / "meta.json").write_bytes(content)
+        with pytest.raises(DataError, match="meta.json: .*prepare the data again"):
+            Corpus(str(tmp_path), "val", 8)
     folder = make_corpus(tmp_path / "c", range(100), (50,))
     with pytest.raises(DataError, match="no split 'train'; it has val"):
         Corpus(folder, "train", 8)

@@ -250,6 +250,16 @@ def test_spoilt_part_is_not_used(server, tmp_path, monkeypatch, spoil):
     assert ranges(file) == [f"bytes={len(data)}-" if spoil == "longer" else None]
 
 
+def test_part_remembers_the_sha256_that_a_redirect_named(server, tmp_path):
+    """A part that is whole is not asked for again, so only the note can say what it should be."""
+    file = server.add("/f.bin", CONTENT)
+    (tmp_path / "f.bin.part").write_bytes(OTHER)
+    note = {"url": server.url + "/f.bin", "validator": '"v1"', "total": len(OTHER), "bytes": len(OTHER),
+            "sha256": hashlib.sha256(OTHER).hexdigest(), "whole_sha256": SHA256}
+    (tmp_path / "f.bin.part.json").write_text(json.dumps(note))
+    assert get(server, tmp_path) == CONTENT and len(file.requests) == 1
+
+
 def test_killed_download_is_continued(server, tmp_path):
     """kill -9 in the middle; what had been noted on the disk is continued."""
     release = threading.Event()
@@ -297,6 +307,22 @@ def test_disk_known_to_be_too_small_is_seen_before_the_first_byte(server, tmp_pa
     with pytest.raises(DownloadError, match="wanted 300000 bytes, 1000 are free"):
         download(server.url + "/f.bin", str(tmp_path / "f.bin"))
     assert os.listdir(tmp_path) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Small files
+
+
+@pytest.mark.parametrize("content", [b'{"a": ', b"\xff\xfe", b"[1]", b"{}"])
+def test_damaged_record_is_as_good_as_none(tmp_path, content):
+    path = str(tmp_path / "r.json")
+    (tmp_path / "r.json").write_bytes(content)
+    assert dl.read_record(path, ("a",)) is None
+    dl.write_json(path, {"a": 1})
+    assert dl.read_record(path, ("a",)) == {"a": 1}
+    with pytest.raises(TypeError):
+        dl.write_json(path, {"a": object()})
+    assert os.listdir(tmp_path) == ["r.json"] and dl.read_record(path) == {"a": 1}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
