@@ -30,6 +30,7 @@ import tarfile
 import zipfile
 import zlib
 
+import eval_tasks
 from data import DataError, sha256_file
 from download import DownloadError, download, read_record, sync_folder, write_json
 
@@ -103,9 +104,9 @@ def math(fetch):
 
 def minerva_examples(source):
     """The literal that list_fewshot_samples() returns; the source is read, not run."""
-    function = next(node for node in ast.parse(source).body if getattr(node, "name", "") == "list_fewshot_samples")
-    returned = next(node for node in ast.walk(function) if isinstance(node, ast.Return))
-    return [{"problem": row["problem"], "solution": row["solution"]} for row in ast.literal_eval(returned.value)]
+    functions = [node for node in ast.parse(source).body if getattr(node, "name", "") == "list_fewshot_samples"]
+    returned = [node for node in ast.walk(functions[0]) if isinstance(node, ast.Return)]
+    return [{"problem": row["problem"], "solution": row["solution"]} for row in ast.literal_eval(returned[0].value)]
 
 
 def mmlu(fetch):
@@ -145,12 +146,10 @@ def triviaqa_row(item):
     """Official names to the published ones: QuestionId -> question_id; evidence is left out."""
     snake = {k: re.sub(r"(?<!^)(?=[A-Z])", "_", k).lower() for k in {**item, **item["Answer"]}}
     row = {snake[k]: item[k] for k in ("Question", "QuestionId", "QuestionSource")}
-    return row | {"answer": {snake[k]: v for k, v in item["Answer"].items() if k != "HumanAnswers"}}
+    return row | {"answer": {snake[k]: v for k, v in item["Answer"].items()}}
 
 
 TASKS = {f.__name__: f for f in (bbh, drop, gsm8k, hellaswag, math, mmlu, piqa, triviaqa)}
-WHOLE = {("bbh", "test"): 6511, ("drop", "dev"): 9536, ("gsm8k", "test"): 1319, ("hellaswag", "val"): 10042,
-         ("math", "test"): 5000, ("mmlu", "test"): 14042, ("piqa", "valid"): 1838, ("triviaqa", "validation"): 11313}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -202,7 +201,7 @@ def prepare_eval(eval_dir, download_dir, tasks, mirror=""):
     for name in tasks:
         try:
             prepare_task(os.path.join(eval_dir, name), download_dir, name, mirror)
-        except (DataError, DownloadError) as e:
+        except (DataError, DownloadError, OSError) as e:
             print(f"{name}: failed: {e}")
             failed.append(name)
     if failed:
@@ -213,7 +212,7 @@ def prepare_eval(eval_dir, download_dir, tasks, mirror=""):
 def prepare_task(folder, download_dir, name, mirror):
     """One task; nothing of it is visible before its file is whole, and sources.json is the last."""
     record = os.path.join(folder, "sources.json")
-    done = read_record(record) or {"complete": False, "splits": {}}
+    done = read_record(record, ("complete", "splits")) or {"complete": False, "splits": {}}
     if not os.path.exists(record) and os.path.isdir(folder) and any(f.endswith(".jsonl") for f in os.listdir(folder)):
         print(f"{name}: {folder} holds files that were put there by hand; they are kept (remove them to fetch others)")
         return
@@ -234,15 +233,18 @@ def prepare_task(folder, download_dir, name, mirror):
         for split, rows in TASKS[name](fetch):
             path = os.path.join(folder, f"{split}.jsonl")
             splits[split] = {"rows": write_rows(path, rows), "sha256": sha256_file(path)}
-    except (KeyError, ValueError, TypeError, StopIteration, EOFError, SyntaxError, tarfile.TarError, zipfile.BadZipFile,
+    except DataError:  # a ValueError too, but not about the official file's form
+        raise
+    except (LookupError, ValueError, TypeError, EOFError, SyntaxError, tarfile.TarError, zipfile.BadZipFile,
             zlib.error) as e:
         reason = " ".join(f"{type(e).__name__}: {e}".split())
         raise DataError(f"{sources[-1]['url']}: not in the form it was published in ({reason})") from e
     write_json(record, {"complete": True, "splits": splits, "downloads": sources})
     sync_folder(folder)
+    task = eval_tasks.TASKS[name]
     for split, s in splits.items():
-        whole = WHOLE.get((name, split), s["rows"])
-        print(f"{name}: {split}: {s['rows']} rows" + (f" of {whole}: partial" if s["rows"] != whole else ""))
+        partial = split in task.tests and s["rows"] not in task.sizes
+        print(f"{name}: {split}: {s['rows']} rows" + (f" of {task.sizes[0]}: partial" if partial else ""))
 
 
 def write_rows(path, rows):

@@ -125,6 +125,8 @@ def list_fewshot_samples() -> list[dict]:
     assert read(tmp_path, "math", "test")[0] == {"problem": "How\nmany, \"x\"?", "answer": "\\frac{1}{2}"}
     assert read(tmp_path, "math", "fewshot") == [{"problem": "Is $1<2$?", "solution": "Yes. \\boxed{1}"}]
     assert "math: test: 2 rows of 5000: partial" in capsys.readouterr().out
+    with pytest.raises(IndexError):
+        eval_data.minerva_examples("def other(): return []")
 
 
 def test_mmlu(server, tmp_path):
@@ -173,9 +175,9 @@ def test_triviaqa(server, tmp_path):
     assert [row["question_id"] for row in rows] == [f"tc_{i}" for i in range(900)]
     assert read(tmp_path, "triviaqa", "validation")[1] == {
         "question": "dev 1? ]} \"Data\": [", "question_id": "tc_1", "question_source": "http://q/", "answer": {
-            "aliases": ["The Sun", "Sol"], "matched_wiki_entity_name": "Sun", "normalized_aliases": ["sun", "sol"],
-            "normalized_matched_wiki_entity_name": "sun", "normalized_value": "sun", "type": "WikipediaEntity",
-            "value": "The Sun"}}
+            "aliases": ["The Sun", "Sol"], "human_answers": ["x"], "matched_wiki_entity_name": "Sun",
+            "normalized_aliases": ["sun", "sol"], "normalized_matched_wiki_entity_name": "sun",
+            "normalized_value": "sun", "type": "WikipediaEntity", "value": "The Sun"}}
 
 
 def test_items_of_a_truncated_list():
@@ -213,6 +215,19 @@ def test_second_run_fetches_nothing_and_repairs(server, tmp_path, capsys):
     assert path.read_bytes() == whole and n == [len(f.requests) for f in files] == [3, 3]
     record = json.loads((tmp_path / "eval" / "gsm8k" / "sources.json").read_text())
     assert record["splits"]["test"]["rows"] == 5000 and len(record["downloads"]) == 2
+
+
+def test_our_own_full_disk_is_not_blamed_on_the_official_file(server, tmp_path, capsys, monkeypatch):
+    gsm8k_server(server)
+
+    def full(path, rows):
+        raise DataError(f"{path}: cannot be written: No space left on device")
+
+    monkeypatch.setattr(eval_data, "write_rows", full)
+    with pytest.raises(DataError, match="no gsm8k"):
+        run(server, tmp_path, "gsm8k")
+    out = capsys.readouterr().out
+    assert "train.jsonl: cannot be written" in out and "not in the form" not in out
 
 
 def test_files_put_there_by_hand_are_kept(server, tmp_path, capsys):
