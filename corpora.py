@@ -2,7 +2,7 @@
 
     parts(settings) -> list of parts, read one after the other. A part has
         .name              how meta.json and the journal call it
-        .splits            the splits it feeds; it is read until the writers of all of them are full
+        .splits            the splits it feeds; it is read until train, or else all of them, have their tokens
         .encoded(enc, n_threads)   yields (split, uint32 tokens)
         .documents()       yields (split, text); not for text that comes tokenised
         .record()          what meta.json says of it, after it was read: a list of {name, bytes, sha256, ...}
@@ -95,7 +95,7 @@ def split_documents(texts, fraction, small=64e6):
 
     A large corpus is split by its documents' hashes as it streams. One under `small` characters is looked at whole, so
     that the share is met although documents are few: val are the documents of the lowest hashes that fit into it.
-    A single document is cut in two.
+    A single document is cut in two. What was looked at whole yields val first: reading stops when train has its tokens.
     """
     texts, head, size = iter(texts), [], 0
     while size < small and (text := next(texts, None)) is not None:
@@ -103,12 +103,15 @@ def split_documents(texts, fraction, small=64e6):
         size += len(text)
     if size < small and len(head) == 1:
         train, val = cut_in_two(head[0], fraction)
-        yield from [("train", train), ("val", val)]
-        return
-    val = pick_val(head, fraction * size) if size < small else None
-    for text in itertools.chain(head, texts):
-        number = content_hash(text)
-        yield ("val" if (number < fraction * 2**64 if val is None else number in val) else "train"), text
+        yield from [("val", val), ("train", train)]
+    elif size < small:
+        chosen = pick_val(head, fraction * size)
+        in_val = [content_hash(text) in chosen for text in head]
+        for split, wanted in (("val", True), ("train", False)):
+            yield from ((split, text) for text, is_val in zip(head, in_val, strict=True) if is_val == wanted)
+    else:
+        for text in itertools.chain(head, texts):
+            yield ("val" if content_hash(text) < fraction * 2**64 else "train"), text
 
 
 def pick_val(documents, budget):

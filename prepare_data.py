@@ -20,12 +20,11 @@ import time
 
 from tqdm import tqdm
 
-from configurator import above, between, configure
+from configurator import above, between, configure, fail
 from corpora import parts, text_sha256
-from data import DataError, read_header, read_meta, sha256_file, shard_header, token_dtype
+from data import DataError, read_meta, sha256_file, shard_header, token_dtype
 from download import DownloadError, read_record, sync_folder, write_json
 from eval_data import TASKS, prepare_eval
-from tokenizer import load_tokenizer as load_tokenizer  # sample.py and eval.py find it here
 from tokenizer import make_tokenizer, read_tokenizer, save_tokenizer, token_lengths
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -47,6 +46,16 @@ mirror = ""  # fetch https://host/path from <mirror>/host/path instead
 eval_dir = ""  # where dataset=eval puts the tasks; "": <data_root>/eval
 tasks = "all"  # for dataset=eval: names separated by commas
 
+DEFAULTS = dict(globals())  # before configure() changes them
+EVAL_ONLY = ["tasks", "eval_dir"]
+IGNORED = {  # settings that a dataset does not use; changing one is a mistake
+    "python": [*EVAL_ONLY, "text_key"],
+    "shakespeare": [*EVAL_ONLY, "text_key"],
+    "c4": [*EVAL_ONLY, "text_key", "val_fraction"],
+    "fineweb10b": [*EVAL_ONLY, "text_key", "val_fraction", "bpe_train_mb", "workers"],
+    "eval": ["data_dir", "tokenizer", "tokens", "val_tokens", "val_fraction", "overwrite", "bpe_train_mb",
+             "shard_tokens", "workers", "text_key"],
+}
 RULES = {
     "tokens": (lambda v: v == -1 or v > 0, "a number above 0, or -1 for all"),
     "val_tokens": (lambda v: v == -1 or v > 0, "a number above 0, or -1 for no limit"),
@@ -197,16 +206,17 @@ def is_complete(final, identity):
     if not os.path.lexists(final):
         return False
     meta = read_meta(final)
-    other = [f"{k}: it has {meta['settings'].get(k)!r}, wanted {v!r}" for k, v in identity.items()
-             if meta["settings"].get(k) != v]
+    has = meta.get("settings", {})
+    other = [f"{k}: it has {has.get(k)!r}, wanted {v!r}" for k, v in identity.items() if has.get(k) != v]
     if other:
         raise DataError(f"{final}: holds a corpus made with other settings ({'; '.join(other)}); "
                         "use --overwrite=True, or another --data_dir=")
-    for info in meta["splits"].values():
-        for f in info["files"]:
-            path = os.path.join(final, f["name"])
-            if not os.path.exists(path) or read_header(path)[0] != f["tokens"]:
-                raise DataError(f"{path}: missing or damaged; use --overwrite=True to make the corpus anew")
+    wanted = {f["name"]: f["sha256"] for info in meta["splits"].values() for f in info["files"]}
+    for name, sha256 in (wanted | {meta["tokenizer_file"]: meta["tokenizer_sha256"]}).items():
+        path = os.path.join(final, name)
+        if not os.path.exists(path) or sha256_file(path) != sha256:
+            raise DataError(f"{path}: missing, or altered since it was written; use --overwrite=True to make the "
+                            "corpus anew")
     return True
 
 
@@ -246,7 +256,7 @@ def write_corpus(folder, s, identity, todo):
 
     If it fails, parts that were finished stay for the next run; a folder in which none was is removed.
     """
-    journal = read_record(os.path.join(folder, "journal.json"))
+    journal = read_record(os.path.join(folder, "journal.json"), ("settings", "parts", "sources", "splits"))
     if not journal or journal["settings"] != identity:
         journal = {"settings": identity, "parts": [], "sources": [], "splits": {}}
     clean(folder, journal)
@@ -348,11 +358,24 @@ def main(s):
     except (DataError, DownloadError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
+    except OSError as e:  # a file that cannot be written or read: its name and the system's reason
+        print(f"error: {e.filename or s['data_root']}: {e.strerror or e}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; nothing unfinished was left behind", file=sys.stderr)
         return 130
     return 0
 
 
+def refuse_ignored(s):
+    """End the program if a setting was changed that this dataset does not use."""
+    no_bpe = [] if s["tokenizer"].startswith("bpe") else ["bpe_train_mb"]
+    for name in IGNORED.get(s["dataset"], EVAL_ONLY) + no_bpe:
+        if s[name] != DEFAULTS[name]:
+            fail(f"{name}={s[name]!r}: not used with dataset={s['dataset']}, tokenizer={s['tokenizer']}; leave it out")
+
+
 if __name__ == "__main__":
-    sys.exit(main(configure(globals(), RULES)))
+    config = configure(globals(), RULES)
+    refuse_ignored(config)
+    sys.exit(main(config))

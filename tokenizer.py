@@ -162,8 +162,10 @@ def checked_downloads(mirror):
     tiktoken.load.read_file = read_file
     try:
         yield
+    except DataError:  # a ValueError too
+        raise
     except ValueError as e:  # tiktoken's hash mismatch
-        raise e if isinstance(e, DataError) else DataError(str(e)) from e
+        raise DataError(str(e)) from e
     finally:
         tiktoken.load.read_file = theirs
 

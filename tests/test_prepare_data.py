@@ -24,8 +24,9 @@ import prepare_data
 import tokenizer as tok
 from configurator import configure
 from data import Corpus, DataError, read_header, shard_header, token_dtype
-from prepare_data import RULES, load_tokenizer, main, prepare
+from prepare_data import RULES, main, prepare
 from tests.http_server import broken, serving, status
+from tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parent.parent
 WORDS = "the a mapping doubly stochastic stream café 深い residual\n\n gain 0.5 <|endoftext|> é".split(" ")
@@ -158,6 +159,16 @@ def test_one_document_is_cut_at_a_paragraph(tmp_path):
     assert train + val == text and train.endswith("\n\n") and 0.09 < len(val) / len(text) < 0.12
 
 
+@pytest.mark.parametrize("n", [1, 20])
+def test_val_is_whole_however_few_training_tokens_are_wanted(tmp_path, n):
+    source = write_jsonl(tmp_path / "t.jsonl", [f"{i}\n\n" + "paragraph\n\n" * 50_000 for i in range(n)])
+    s = settings(tmp_path, dataset=source, val_fraction=0.1)
+    some, whole = prepare(s | {"tokens": 1000, "data_dir": str(tmp_path / "some")}), prepare(s)
+    assert len(split_tokens(some, "train")) == 1000
+    assert (split_tokens(some, "train") == split_tokens(whole, "train")[:1000]).all()
+    assert (split_tokens(some, "val") == split_tokens(whole, "val")).all()
+
+
 def test_long_document_is_shared_out_and_keeps_one_end(tmp_path):
     text = "".join(f"line {i}\n" for i in range(200_000))
     pieces = list(tok.batches([("train", text), ("val", "short")]))
@@ -260,7 +271,7 @@ def test_bpe_round_trip_and_size(tmp_path, capsys):
     assert enc.n_vocab == 400 and enc.eot_token == 399
     for text in documents[:50] + ["unseen: Ωß\U0001f600\n\n   x", "<|endoftext|>"]:
         ids = tok.encode(enc, text)
-        assert enc.decode(ids.tolist()) == text and ids.size == 0 or ids.max() < 399
+        assert enc.decode(ids.tolist()) == text and (ids.size == 0 or ids.max() < 399)
         assert tok.token_lengths(enc)[ids].sum() == len(text.encode())
     n_tokens = sum(len(tok.encode(enc, t)) for t in documents)
     assert n_tokens < 0.5 * sum(len(t.encode()) for t in documents)
@@ -578,10 +589,15 @@ def test_damaged_corpus_is_not_called_complete(tmp_path):
     s = settings(tmp_path, dataset=write_jsonl(tmp_path / "t.jsonl", texts(100)))
     shard = Path(prepare(s)) / "train_000000.bin"
     shard.write_bytes(shard.read_bytes()[:-1])
-    with pytest.raises(DataError, match="truncated"):
+    with pytest.raises(DataError, match="train_000000.bin: missing, or altered"):
         prepare(s)
     shard.unlink()
-    with pytest.raises(DataError, match="missing"):
+    with pytest.raises(DataError, match="train_000000.bin: missing, or altered"):
+        prepare(s)
+    prepare(s | {"overwrite": True})
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-2] + bytes([content[-2] ^ 1, content[-1]]))  # one bit
+    with pytest.raises(DataError, match="train_000000.bin: missing, or altered"):
         prepare(s)
     prepare(s | {"overwrite": True})
     Corpus(prepare(s), "train", 16).verify()
@@ -619,6 +635,16 @@ def test_full_disk_leaves_nothing(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
     assert os.listdir(tmp_path / "data") == []
     assert main(s) == 0
+
+
+@pytest.mark.parametrize("blocked", ["data", "data/t_bytes.tmp/sub/x"])
+def test_a_file_in_the_way_is_one_line(tmp_path, capsys, blocked):
+    """A file where a folder is wanted; a folder within the unfinished corpus."""
+    (tmp_path / blocked).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / blocked).write_text("")
+    assert main(settings(tmp_path, dataset=write_jsonl(tmp_path / "t.jsonl", texts(100)))) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: {tmp_path / 'data'}") and err.count("\n") == 1
 
 
 def test_room_is_looked_at_first(tmp_path, monkeypatch):
@@ -664,6 +690,10 @@ def test_ctrl_c_and_kill(tmp_path):
     (["--dataset=nosuch"], 1, "wanted python, shakespeare, c4, fineweb10b, eval, or a file or folder"),
     (["--tokenizer=bpe"], 1, "unknown tokenizer 'bpe'"),
     (["--dataset=eval", "--tasks=mmlu,chess"], 1, "unknown task chess: wanted bbh, drop"),
+    (["--dataset=eval", "--tokens=5"], 2, "tokens=5: not used with dataset=eval"),
+    (["--dataset=c4", "--tokens=5", "--val_fraction=0.5"], 2, "val_fraction=0.5: not used with dataset=c4"),
+    (["--tasks=mmlu"], 2, "tasks='mmlu': not used with dataset=python"),
+    (["--tokenizer=bytes", "--bpe_train_mb=1"], 2, "bpe_train_mb=1.0: not used with"),
 ])
 def test_command_line_errors_are_one_line(tmp_path, flags, code, message):
     command = [sys.executable, str(ROOT / "prepare_data.py"), *flags]

@@ -12,7 +12,7 @@ import torch
 
 import train
 from parallel import start
-from prepare_data import load_tokenizer
+from tokenizer import load_tokenizer
 
 TINY = (
     "--seq_len=32 --n_layer=2 --n_embd=32 --n_head=2 --kv_lora_rank=16 --qk_nope_head_dim=8 --qk_rope_head_dim=8 "
