@@ -414,7 +414,7 @@ def check_fit(folder, stored, wanted):
 def load_weights(folder, dtype=None):
     """{parameter: whole CPU tensor} of a checkpoint, on one process, whatever wrote it. The optimizer is not read.
 
-    dtype: cast matrices to it; the mappings (phi, theta, alpha, b) and the experts' selection bias stay as they are.
+    dtype: cast matrices to it; the mappings (phi, theta, alpha, b) and what selects experts stay as they are.
     """
     reader = HuggingFaceStorageReader(folder)
     stored = reader.read_metadata().state_dict_metadata
@@ -428,7 +428,8 @@ def load_weights(folder, dtype=None):
 
 def stays_wide(name):
     """Whether a parameter belongs to the mappings, or selects experts: never rounded."""
-    return name.rsplit(".", 1)[-1] in ("phi", "theta", "alpha", "b", "e_score_correction_bias")
+    kind = name.rsplit(".", 1)[-1]
+    return kind in ("phi", "theta", "alpha", "b", "e_score_correction_bias") or name.endswith("mlp.gate.weight")
 
 
 def find(path):
@@ -538,14 +539,16 @@ def move_aside(out_dir):
     return aside
 
 
-def trim_records(path, step):
-    """Drop from a .jsonl file the records of steps after `step`, which will be written again, and a torn last line."""
+def trim_records(path, step, evaluated=True):
+    """Drop from a .jsonl file what will be written again: the records of steps after `step`, the evaluation at `step`
+    unless the checkpoint has it, and a torn last line."""
     if not os.path.exists(path):
         return
     with open(path) as f, whole_file(path) as new:
         for line in f:
             try:
-                if json.loads(line)["step"] <= step:
+                record = json.loads(line)
+                if record["step"] < step or record["step"] == step and (evaluated or "val_loss" not in record):
                     new.write(line.rstrip("\n") + "\n")
             except ValueError:  # the line being written when the run was killed
                 continue

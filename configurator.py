@@ -9,7 +9,7 @@
 
 The default of a setting fixes its type: an int is taken where a float is wanted, 1e5 where an int is, true/false in any
 case for a bool, strings verbatim. Files compose from left to right; flags win wherever they stand. Anything else is one
-line on stderr and exit code 2. Names with a leading underscore are a file's own and are not settings, nor are CONSTANTS.
+line on stderr and exit code 2. Names with a leading underscore and CONSTANTS are not settings.
 """
 
 import difflib

@@ -19,7 +19,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from configurator import configure, fail, one_of
+from configurator import between, configure, fail, one_of
 
 figure = "report"  # 'report' | 'loss' | 'gains' | 'maps'
 out = "report.png"  # where the picture goes; the ending chooses the format
@@ -41,7 +41,10 @@ class Run:
                 lines = [line for line in f if line.endswith("\n")]  # a run that goes on may be writing its last line
         except FileNotFoundError as e:
             fail(f"{folder}: not a run folder of train.py: there is no {os.path.basename(e.filename)}")
-        records = [json.loads(line) for line in lines]
+        try:
+            records = [json.loads(line) for line in lines]
+        except json.JSONDecodeError as e:
+            fail(f"{folder}/metrics.jsonl: damaged: {e}")
         self.steps = [r for r in records if r.get("loss") is not None]
         self.evals = [r for r in records if "val_loss" in r]
         self.residual = self.settings["residual"]
@@ -70,9 +73,11 @@ def print_table(runs):
           f"{'gain_fwd':>9} {'gain_bwd':>9}")
     for run in runs:
         last = run.evals[-1]
-        forward, backward = (max(last.get(f"composite_{way}_max", [1.0])) for way in ("fwd", "bwd"))
+        gains = (last.get(f"composite_{way}_max") for way in ("fwd", "bwd"))  # the baseline has none
+        forward, backward = (f"{max(g):.3g}" if g else "-" for g in gains)
+        step_ms = f"{last['step_ms']:.0f}" if last["step_ms"] else "-"  # unknown before the first step
         print(f"{run.name:<12} {last['params']:>12,} {last['val_loss']:>9.4f} {last['bits_per_byte']:>13.4f} "
-              f"{last['step_ms'] or 0:>8.0f} {last['peak_MB']:>8.0f} {forward:>9.3g} {backward:>9.3g}")
+              f"{step_ms:>8} {last['peak_MB']:>8.0f} {forward:>9} {backward:>9}")
 
 
 def look(runs):
@@ -121,8 +126,11 @@ def draw_gain(ax, runs, kind, way):
         high, low = (np.array(last[f"{kind}_{way}_{m}"]) for m in ("max", "min"))
         depth = np.arange(1, len(high) + 1)
         ax.plot(depth, high, **look(runs)[run], linewidth=1.2)
-        ax.fill_between(depth, np.maximum(low, 1e-3), high, color=COLORS[run.residual], alpha=0.12, linewidth=0)
-    ax.set_yscale("log")
+        ax.fill_between(depth, low, high, color=COLORS[run.residual], alpha=0.12, linewidth=0)
+    if any(run.residual == "hc" for run in runs):
+        ax.set_yscale("log")  # Fig 3
+    else:
+        ax.set_ylim(0, 2)  # Fig 7
     ax.axhline(1, color="black", linewidth=0.5)
     what = {"fwd": "forward (row sums)", "bwd": "backward (column sums)"}[way]
     label(ax, f"{kind} mapping, {what}", "sublayer l", "Amax gain magnitude")
@@ -185,7 +193,7 @@ def draw(runs):
 
 def main():
     folders = [a for a in sys.argv[1:] if not a.startswith("-") and not a.endswith(".py")]
-    configure(globals(), {"figure": one_of("report", "loss", "gains", "maps")},
+    configure(globals(), {"figure": one_of("report", "loss", "gains", "maps"), "smooth": between(0, 1)},
               [a for a in sys.argv[1:] if a not in folders])
     if not folders:
         fail("wanted run folders: python figures.py out/demo/baseline out/demo/hc out/demo/mhc")
@@ -193,8 +201,11 @@ def main():
     print_table(runs)
     fig = draw(runs)
     root, ending = os.path.splitext(out)
-    fig.savefig(f"{root}.tmp{ending}", dpi=140)
-    os.replace(f"{root}.tmp{ending}", out)
+    try:
+        fig.savefig(f"{root}.tmp{ending}", dpi=140)
+        os.replace(f"{root}.tmp{ending}", out)
+    except (OSError, ValueError) as e:  # no such folder, a full disk; an ending that matplotlib does not know
+        fail(f"out={out!r}: cannot be drawn there: {e}")
     print(f"drawn: {out}")
 
 

@@ -28,10 +28,15 @@ def column_gains(M):
 
 def product(matrices):
     """Product over depth of a list of (..., n, n), later sublayers on the left; the identity for an empty list."""
-    P = torch.eye(matrices[0].shape[-1], dtype=matrices[0].dtype, device=matrices[0].device)
+    P = torch.eye(matrices[0].shape[-1], dtype=matrices[0].dtype)
     for M in matrices:
         P = M @ P
     return P
+
+
+def in_double(H_res):
+    """(tokens, n, n) each, on the host in fp64: HC's products leave fp32 behind, and not every device has fp64."""
+    return [H.cpu().double().reshape(-1, *H.shape[-2:]) for H in H_res]
 
 
 def gains(H_res):
@@ -40,7 +45,7 @@ def gains(H_res):
     Names: {single, composite} _ {fwd, bwd} _ {max, min}. The forward composite at l is the product of sublayers 1..l,
     the backward one at l the product of l..L.
     """
-    H_res = [H.double().reshape(-1, *H.shape[-2:]) for H in H_res]  # (tokens, n, n); HC's products leave fp32 behind
+    H_res = in_double(H_res)
     L = len(H_res)
     forward, backward = [H_res[0]], [H_res[-1]]
     for i in range(1, L):
@@ -58,13 +63,13 @@ def gains(H_res):
 
 def heat_maps(H_res):
     """H_res: a list over sublayers of (..., n, n) -> {title: (n, n)}, averaged over tokens, as in Fig 8."""
-    H_res = [H.double().reshape(-1, *H.shape[-2:]) for H in H_res]  # (tokens, n, n)
+    H_res = in_double(H_res)
     L = len(H_res)
     maps = {f"sublayer {i + 1}": H_res[i] for i in sorted({0, (L - 1) // 2, L - 1})}
     for first, last in ((0, L // 2), (L // 2, L), (0, L)):
         if last > first:
             maps[f"sublayers {first + 1}-{last}"] = product(H_res[first:last])
-    return {title: M.mean(0).cpu().numpy() for title, M in maps.items()}
+    return {title: M.mean(0).numpy() for title, M in maps.items()}
 
 
 def stream_spread(x):

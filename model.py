@@ -62,8 +62,9 @@ class GPTConfig:
     def __post_init__(self):
         may_be_zero = {"q_lora_rank", "first_k_dense_replace", "n_routed_experts", "n_shared_experts"}
         for name, value in vars(self).items():
-            if isinstance(value, (int, float)) and not value >= (name not in may_be_zero and isinstance(value, int)):
-                raise ValueError(f"{name}={value}: wanted at least {int(name not in may_be_zero)}")
+            lowest = int(isinstance(value, int) and name not in may_be_zero)
+            if isinstance(value, (int, float)) and not value >= lowest:  # not <: NaN is refused too
+                raise ValueError(f"{name}={value}: wanted at least {lowest}")
         for name, known in (("residual", ("baseline", "hc", "mhc")), ("collapse", ("sum", "head"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(map(repr, known))}")
@@ -71,9 +72,12 @@ class GPTConfig:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim}: RoPE turns pairs, wanted an even number")
         if self.has_moe and self.num_experts_per_tok > self.n_routed_experts:
             k, E = self.num_experts_per_tok, self.n_routed_experts
-            raise ValueError(f"num_experts_per_tok={k}: there are only n_routed_experts={E} to pick from")
+            hint = "fewer" if E else f"first_k_dense_replace={self.n_layer} for a model without experts"
+            raise ValueError(f"num_experts_per_tok={k}: n_routed_experts={E} to pick from; wanted {hint}")
         if self.residual == "baseline":
             self.n_streams = 1  # the plain residual is one stream
+        if self.collapse == "head" and self.n_streams == 1:
+            raise ValueError("collapse='head': wanted several streams, got one, whose weight the final norm undoes")
 
     @property
     def has_moe(self):
@@ -102,8 +106,8 @@ class HyperConnection(nn.Module):
     """What HC and mHC share: alpha (3,) and b (n^2+2n,), both in the order pre | post | res, and which maps are live.
 
     A map without any effect on the loss still gets a gradient, of rounding noise, and AdamW with its eps of 1e-20 would
-    turn that into steps of full size. `live` says which of (pre, post, res) act; the others are cut from the graph, get
-    gradients of exactly zero and stay where they are.
+    turn that into steps of full size. `live` says which of (pre, post, res) act; the others are cut from the graph and
+    get gradients of exactly zero: alpha and b stay where they are, and phi's or theta's columns only decay.
     """
 
     def __init__(self, config, live):
@@ -397,7 +401,7 @@ class Gate(nn.Module):
         weights = scores.gather(-1, experts)
         if self.training:
             self.load += torch.bincount(experts.flatten(), minlength=len(self.load))
-        return weights / weights.sum(-1, keepdim=True) * self.route_scale, experts
+        return weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.route_scale, experts  # never 0/0
 
 
 def grouped_linear(x, w, counts):
@@ -548,7 +552,7 @@ class GPT(nn.Module):
         backward, so that no more than LOGITS_AT_ONCE of them exist at once."""
         chunk = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
         total = sum(
-            checkpoint(self.chunk_loss, h_c, t_c, use_reentrant=False)
+            checkpoint(self.chunk_loss, h_c, t_c, use_reentrant=False, preserve_rng_state=False)
             for h_c, t_c in zip(h.split(chunk), targets.split(chunk), strict=True)
         )
         return total / (targets != -1).sum().clamp(min=1)
@@ -582,7 +586,7 @@ class GPT(nn.Module):
     def expert_load(self):
         """(MoE blocks, E) tokens per expert since the bias was last moved; empty without MoE."""
         loads = [gate.load for gate in self.gates()]
-        return torch.stack(loads) if loads else self.embed_tokens.weight.new_zeros(0, 0)
+        return torch.stack(loads) if loads else torch.zeros(0, 0, device=self.embed_tokens.weight.device)
 
     @torch.no_grad()
     def update_expert_bias(self, gamma, load):

@@ -50,6 +50,8 @@ def start(parallel="none", device="cpu", shard_size=0, rank_timeout=600):
     if device == "mps" and parallel != "none":
         raise ValueError(f"parallel={parallel!r} on device='mps': torch has no communication there; wanted 'none'")
     if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"--nproc_per_node: wanted at most {torch.cuda.device_count()}, one process a GPU")
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(device)
     if "RANK" in os.environ or parallel == "fsdp":
@@ -133,6 +135,8 @@ class Ranks:
         Every value is drawn whole on the host, one parameter at a time, and this process keeps its shard: the weights
         of one process exactly, whatever the layout."""
         model.to_empty(device=self.device)
+        for gate in model.gates():
+            gate.load.zero_()  # a count, in no checkpoint
         if seed is not None:
             model.init_weights(seed, assign)
 

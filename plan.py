@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 import model as model_file
 from model import GPT, peak_flops
 from parallel import check_batch, check_layout, groups
-from recompute import best_block, block_cost
+from recompute import best_block, block_cost, block_length
 
 MEMORY = {"B200": 180e9, "H200": 141e9, "H100": 80e9, "A100": 80e9, "MI300X": 192e9}  # bytes, from the makers
 COPIES_OF_LOGITS = 3  # of one chunk in the loss: as they come, in fp32, and their gradient
@@ -155,13 +155,6 @@ def communication(model, s, world):
 # -- the report -----------------------------------------------------------------------------------------------------
 
 
-def block_length(config, s):
-    """Sublayers in a segment under the settings s, as recompute.apply has it."""
-    L = 2 * config.n_layer
-    best = {"none": L, "mhc": best_block(L, config.n_streams), "full": 1}[s["recompute"]]
-    return s["recompute_block"] if s["recompute_block"] > 0 else best
-
-
 def report(config, s):
     """Print what the run with settings s would take. Raises ValueError, naming the rule, for one that cannot be."""
     world = s["plan_devices"] or int(os.environ.get("WORLD_SIZE", 1))
@@ -171,7 +164,8 @@ def report(config, s):
         raise ValueError(f"plan_device={s['plan_device']!r}: wanted one of {', '.join(MEMORY)}")
     with torch.device("meta"):
         model = GPT(config)
-    params, flops, block = model.num_params(), model.flops_per_token(), block_length(config, s)
+    params, flops = model.num_params(), model.flops_per_token()
+    block = block_length(config, s["recompute"], s["recompute_block"])
     for name, value in params.items():
         print(f"params_{name}={value}")
     print(f"flops_per_token={flops}")
@@ -206,7 +200,7 @@ def check_fits(model, s, ranks):
         has = torch.mps.recommended_max_memory()
     else:
         has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needs = memory(model, s, ranks.world, block_length(model.config, s))
+    needs = memory(model, s, ranks.world, block_length(model.config, s["recompute"], s["recompute_block"]))
     if sum(needs.values()) > has:
         most = sorted(needs, key=needs.get, reverse=True)[:3]
         raise ValueError(

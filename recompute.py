@@ -47,6 +47,16 @@ def best_block(L, n):
     return min(range(1, L + 1), key=lambda L_r: block_cost(L, L_r, n))
 
 
+def block_length(config, recompute, block=-1):
+    """Sublayers in a segment of a model of this GPTConfig; arguments and errors as of `apply`."""
+    L = 2 * config.n_layer
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"recompute={recompute!r}: wanted one of {', '.join(map(repr, RECOMPUTE))}")
+    if not (block == -1 or 1 <= block <= L):
+        raise ValueError(f"recompute_block={block}: wanted -1 for the best, or 1 to {L}, the number of sublayers")
+    return block if block > 0 else {"none": L, "mhc": best_block(L, config.n_streams), "full": 1}[recompute]
+
+
 def apply(model, recompute, block=-1):
     """Make a GPT recompute. Returns the number of sublayers in a segment.
 
@@ -54,13 +64,7 @@ def apply(model, recompute, block=-1):
     'full', all with 'none' (where shorter segments cut the depth in the same places without recomputing anything).
     Raises ValueError naming the setting that cannot be.
     """
-    L, n = 2 * model.config.n_layer, model.config.n_streams
-    if recompute not in RECOMPUTE:
-        raise ValueError(f"recompute={recompute!r}: wanted one of {', '.join(map(repr, RECOMPUTE))}")
-    if not (block == -1 or 1 <= block <= L):
-        raise ValueError(f"recompute_block={block}: wanted -1 for the best, or 1 to {L}, the number of sublayers")
-    if block == -1:
-        block = {"none": L, "mhc": best_block(L, n), "full": 1}[recompute]
+    L, block = 2 * model.config.n_layer, block_length(model.config, recompute, block)
     if recompute == "none" and block == L:
         model.run_sublayers = run_sublayers
         return block

@@ -721,14 +721,15 @@ def why_no_triton(device):
     return None
 
 
-def resolve_impl(impl="auto", device="cpu"):
-    """The implementation that `impl` stands for on this device: 'ref', 'eager', 'compiled' or 'triton'.
+def resolve_impl(impl="auto", device="cpu", n=4):
+    """The implementation that `impl` stands for on this device with n streams: 'ref', 'eager', 'compiled' or 'triton'.
 
-    'auto' is 'triton' where the kernels run and the plain path elsewhere (under Triton's interpreter too: it is for
-    tests). Raises ValueError, with the reason, for one that cannot run here.
+    'auto' is 'triton' where the kernels run, for a number of streams they take, and 'eager' elsewhere (under Triton's
+    interpreter too: it is for tests); train.py prints which it is. Raises ValueError, with the reason, for one that
+    cannot run here.
     """
     if impl == "auto":
-        return "eager" if INTERPRETED or why_no_triton(torch.device(device)) else "triton"
+        return "eager" if INTERPRETED or n not in STREAMS or why_no_triton(torch.device(device)) else "triton"
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r}: wanted 'auto' or one of {', '.join(map(repr, IMPLS))}")
     if impl == "triton" and (why_not := why_no_triton(torch.device(device))):
@@ -736,9 +737,12 @@ def resolve_impl(impl="auto", device="cpu"):
     return impl
 
 
+STREAMS = (1, 2, 4, 8)  # the numbers of streams the kernels take: sizes in Triton are powers of two
+
+
 def check_for_triton(x, **fp32):
     """Raise ValueError for what the kernels do not take; the other implementations take everything."""
-    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or x.shape[-2] not in (1, 2, 4, 8):
+    if x.dtype not in (torch.bfloat16, torch.float16, torch.float32) or x.shape[-2] not in STREAMS:
         raise ValueError(
             f"impl='triton' takes x in bf16, fp16 or fp32 with 1, 2, 4 or 8 streams, got {x.dtype} with "
             f"{x.shape[-2]} streams: use impl='ref', 'eager' or 'compiled'"
@@ -755,7 +759,7 @@ def mhc_step(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters=20, eps=1e-20, i
     phi (nC, n^2+2n), alpha (3,), b (n^2+2n,) of the sublayer after. -> x_next (..., n, C), x_in (..., C), and H_post
     and H_res of the sublayer after. x_next is x itself in the first form. impl: see resolve_impl.
     """
-    impl = resolve_impl(impl, x.device)
+    impl = resolve_impl(impl, x.device, x.shape[-2])
     args = (x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps)
     if impl == "ref":
         return mhc_step_ref(*args)
@@ -773,7 +777,7 @@ def mhc_post_res(x, y, H_post, H_res, impl="auto"):
 
     Shapes as in mhc_step; the same kernels without the second half. impl: see resolve_impl.
     """
-    impl = resolve_impl(impl, x.device)
+    impl = resolve_impl(impl, x.device, x.shape[-2])
     if impl == "ref":
         return mhc_post_res_ref(x, y, H_post, H_res)
     if impl != "triton":
@@ -788,7 +792,7 @@ def sinkhorn(logits, sinkhorn_iters=20, impl="auto"):
     """Eq 9: logits (..., n, n) -> H_res (..., n, n), fp32, rows exact. impl: 'auto', 'ref' or 'triton'."""
     if impl not in ("auto", "ref", "triton"):
         raise ValueError(f"impl={impl!r}: sinkhorn has 'auto', 'ref' and 'triton'")
-    if resolve_impl(impl, logits.device) != "triton":
+    if resolve_impl(impl, logits.device, logits.shape[-1]) != "triton":
         return sinkhorn_ref(logits, sinkhorn_iters)
     check_for_triton(logits)
     return sinkhorn_op(logits, sinkhorn_iters)

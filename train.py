@@ -116,13 +116,15 @@ RULES = {
     "lr_schedule": one_of("step", "cosine", "constant"),
     "parallel": one_of(*PARALLEL),
     "plan_device": one_of(*plan.MEMORY),
-    "plan_mfu": above(0),
+    "plan_mfu": between(0.001, 1),
     "rank_timeout": above(0),
     "recompute": one_of(*recomputation.RECOMPUTE),
     "recompute_block": at_least(-1),
     "log": one_of("none", "tensorboard", "wandb"),
     "beta1": between(0, 0.9999),
     "beta2": between(0, 0.99999),
+    "min_lr_ratio": between(0, 1),
+    "alpha_init": at_least(0),
     **dict.fromkeys(
         "seq_len n_layer n_embd n_head kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim intermediate_size "
         "moe_intermediate_size num_experts_per_tok n_streams sinkhorn_iters batch_size micro_batch_size max_steps "
@@ -131,7 +133,7 @@ RULES = {
     ),
     **dict.fromkeys(
         "seed shard_size plan_devices q_lora_rank first_k_dense_replace n_routed_experts n_shared_experts warmup_steps "
-        "min_lr_ratio norm_eps adam_eps weight_decay grad_clip bias_update_speed init_std".split(),
+        "norm_eps adam_eps weight_decay grad_clip bias_update_speed init_std".split(),
         at_least(0),
     ),
     **dict.fromkeys(("lr", "rope_theta", "route_scale"), above(0)),
@@ -179,6 +181,14 @@ def numbers(name):
         fail(f"{name}={globals()[name]!r}: wanted numbers with commas between them, like '0.8,0.9'")
 
 
+def check_schedule():
+    """decay_at and decay_rates belong together."""
+    at, rates = numbers("decay_at"), numbers("decay_rates")
+    if len(at) != len(rates) or at != sorted(at) or not all(0 <= v <= 1 for v in at + rates):
+        fail(f"decay_at={decay_at!r}, decay_rates={decay_rates!r}: wanted as many of one as of the other, all from 0 "
+             "to 1, the first in rising order")
+
+
 def check_settings(on):
     """What no rule about a single setting can see; `on`: the kind of device."""
     try:
@@ -186,8 +196,8 @@ def check_settings(on):
         check_batch(batch_size, micro_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
     except ValueError as e:
         fail(str(e))
-    if len(numbers("decay_at")) != len(numbers("decay_rates")):
-        fail(f"decay_at={decay_at!r} and decay_rates={decay_rates!r}: wanted as many of one as of the other")
+    if parallel == "ddp" and "RANK" not in os.environ:
+        fail("parallel='ddp': wanted several processes: torchrun --nproc_per_node=2 train.py ...")
 
 
 def make_optimizer(model):
@@ -226,7 +236,7 @@ def forward_backward(net, corpus, step, ranks):
     return ranks.all_sum(total).item() / ranks.world
 
 
-def optimizer_step(model, optimizer, step, ranks):
+def optimizer_step(model, optimizer, step, loss, ranks):
     """Clip, step, move the experts' biases. -> gradient norm, expert load (max/mean). Skips a step that is not finite.
 
     The gradients stay until the next forward_backward: an evaluation in between looks at them."""
@@ -234,7 +244,7 @@ def optimizer_step(model, optimizer, step, ranks):
     load = ranks.all_sum(model.expert_load())
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step)
-    finite = math.isfinite(norm)
+    finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         optimizer.step()
     model.update_expert_bias(bias_update_speed if finite else 0.0, load)
@@ -287,6 +297,13 @@ def peak_megabytes(device):
 # -- records --------------------------------------------------------------------------------------------------------
 
 
+def null_for_nan(value):
+    """value, with null for what is not finite: NaN is not JSON."""
+    if isinstance(value, list):
+        return [null_for_nan(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Log:
     """metrics.jsonl, one flushed line a record, and TensorBoard or wandb if asked for: process 0's alone."""
 
@@ -317,7 +334,7 @@ class Log:
     def write(self, record):
         if not self.file:
             return
-        self.file.write(json.dumps(record) + "\n")
+        self.file.write(json.dumps({name: null_for_nan(value) for name, value in record.items()}) + "\n")
         self.file.flush()
         for send in self.others:
             for name, value in record.items():
@@ -327,10 +344,14 @@ class Log:
 
 def provenance(settings, train_data, val_data):
     """Settings, command line, commit and data hashes, so that a result can be traced to what made it."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
+        commit = git.stdout.strip() or None
+    except OSError:  # no git on this machine
+        commit = None
     data = {"train": train_data.fingerprint, "val": val_data.fingerprint}
-    return {"settings": settings, "command": [sys.executable, *sys.argv], "commit": git.stdout.strip() or None,
-            "data": data}
+    return {"settings": settings, "command": [sys.executable, *sys.argv], "commit": commit, "data": data}
 
 
 def start_profiler(is_main):
@@ -353,13 +374,13 @@ def open_corpora():
         fail(str(e))
 
 
-def build_model(settings, vocab, ranks):
-    """The model with its first values, on the devices."""
+def design_model(settings, vocab, ranks):
+    """The model without memory or values yet: with FSDP no process ever holds the whole. Refuses what cannot be."""
     global vocab_size
     vocab_size = settings["vocab_size"] = vocab_size or vocab
     if vocab_size < vocab:
         fail(f"vocab_size={vocab_size}: the corpus in {data_dir} has {vocab} tokens")
-    with torch.device("meta"):  # no memory yet: with FSDP no process ever holds the whole
+    with torch.device("meta"):
         model = GPT(model_config(settings))
     try:
         recomputation.apply(model, recompute, recompute_block)
@@ -370,25 +391,28 @@ def build_model(settings, vocab, ranks):
         for block in model.layers:
             block.self_attn.compile()
             block.mlp.compile()
-    ranks.shard(model, dtype)
-    ranks.initialise(model, seed)
     return model
 
 
-def begin(model, optimizer, origin):
-    """Where the run begins: the number of steps done, and the state that checkpoints carry beside the tensors.
-
-    origin: provenance() of this start; it is left in config.json, and with every checkpoint."""
+def resume_folder():
+    """The checkpoint to go on from, or None; with init_from='scratch' what was in out_dir is moved aside first."""
     if init_from == "scratch" and (aside := checkpoint.on_rank_0(lambda: checkpoint.move_aside(out_dir))):
         print(f"the run that was in {out_dir} is now in {aside}")
-    folder = checkpoint.resume_point(out_dir)
-    changed = checkpoint.same_run(out_dir, folder, origin)
-    step, state = 0, {"evaluated": None, "val_loss": None, "best_loss": None, "skips": 0}
+    return checkpoint.resume_point(out_dir)
+
+
+def begin(folder, model, optimizer, changed, origin):
+    """Load the checkpoint in `folder`, if there is one. -> steps done, and what checkpoints carry beside the tensors.
+
+    changed: settings that differ from its own. origin: provenance() of this start; it is left in config.json, and with
+    every checkpoint."""
+    step, state = 0, {"evaluated": None, "val_loss": None, "best_loss": None, "skips": 0, "skipped": 0}
     if folder:
         step, state = checkpoint.step_of(folder), checkpoint.load(folder, model, optimizer)
         print(f"going on from {folder}" + "".join(f"\n  {k}: {a!r} -> {b!r}" for k, (a, b) in changed.items()))
     metrics, config = (os.path.join(out_dir, name) for name in ("metrics.jsonl", "config.json"))
-    checkpoint.on_rank_0(lambda: checkpoint.trim_records(metrics, step if folder else -1))
+    evaluated = state["evaluated"] == step
+    checkpoint.on_rank_0(lambda: checkpoint.trim_records(metrics, step if folder else -1, evaluated))
     checkpoint.on_rank_0(lambda: checkpoint.write_json(config, origin))
     return step, state | {"origin": {k: v for k, v in origin.items() if k != "settings"}}
 
@@ -396,7 +420,8 @@ def begin(model, optimizer, origin):
 def save(step, model, optimizer, settings, state, records):
     """A checkpoint of `step`: the best one if its own validation loss is below that of any before it."""
     records.sync()
-    best = state["evaluated"] == step and (state["best_loss"] is None or state["val_loss"] < state["best_loss"])
+    best_so_far = math.inf if state["best_loss"] is None else state["best_loss"]
+    best = state["evaluated"] == step and state["val_loss"] < best_so_far
     if best:
         state["best_loss"] = state["val_loss"]
     checkpoint.save(out_dir, step, model, optimizer, state, settings, keep_checkpoints, best)
@@ -432,27 +457,25 @@ def evaluate(model, step, corpus, ranks, step_times, records):
     return loss
 
 
-def report_step(step, loss, norm, load, step_times, peak, records):
+def report_step(step, loss, norm, load, step_times, peak, records, state):
     """The line of one optimizer step, printed and recorded. `step` counts the steps done."""
-    finite = math.isfinite(loss) and math.isfinite(norm)
     rate = batch_size * seq_len / step_times[-1]
     left = (max_steps - step) * statistics.median(step_times[-20:]) / 60
     print(
         f"step {step}/{max_steps}  loss {loss:.4f}  lr {learning_rate(step - 1):.2e}  grad_norm {norm:.3f}  "
         f"{rate:,.0f} tokens/s" + (f"  mfu {rate * peak:.1%}" if peak else "") + f"  {left:.1f} min left"
-        + ("" if finite else "  NOT FINITE: skipped")
+        + (f"  NOT FINITE: skipped, {state['skipped']} so far" if state["skips"] else "")
     )
-    # NaN is not JSON: a loss or norm that is not finite is recorded as null
-    loss, norm = (v if math.isfinite(v) else None for v in (loss, norm))
     lr_now = learning_rate(step - 1)
     records.write({"step": step, "loss": loss, "lr": lr_now, "grad_norm": norm, "expert_load": load,
-                   "skipped": not finite, "step_ms": step_times[-1] * 1e3})
+                   "skipped": state["skipped"], "step_ms": step_times[-1] * 1e3})
 
 
 def main():
     """Settings, then the run on this process among however many there are."""
     only_rank_0_prints()
     settings = configure(globals(), RULES)
+    check_schedule()
     if dry_run:
         settings["vocab_size"] = vocab_size or open_corpora()[0].vocab_size
         try:
@@ -466,15 +489,22 @@ def main():
         ranks = start(parallel, on, shard_size, rank_timeout)
     except ValueError as e:
         fail(str(e))
-    with ranks:
-        train(settings, train_data, val_data, ranks)
+    try:
+        with ranks:
+            train(settings, train_data, val_data, ranks)
+    except DataError as e:  # a shard altered or cut since the start
+        sys.exit(f"error: {e}")
 
 
 def train(settings, train_data, val_data, ranks):
     """The run, from top to bottom."""
-    model = build_model(settings, train_data.vocab_size, ranks)
+    model = design_model(settings, train_data.vocab_size, ranks)
+    origin, folder = provenance(settings, train_data, val_data), resume_folder()
+    changed = checkpoint.same_run(out_dir, folder, origin)
+    ranks.shard(model, dtype)
+    ranks.initialise(model, None if folder else seed)  # a checkpoint brings all values
     net, optimizer = ranks.wrap(model), make_optimizer(model)
-    first, state = begin(model, optimizer, provenance(settings, train_data, val_data))
+    first, state = begin(folder, model, optimizer, changed, origin)
     records, profiler, stop = Log(settings, ranks.is_main), start_profiler(ranks.is_main), checkpoint.Stop(ranks.device)
     how = f"mhc_step {resolve_impl(impl, ranks.device)}" if residual == "mhc" else f"residual {residual}"
     print(f"{ranks.device.type}, {dtype}, {how}, {model.num_params()['total']:,} parameters -> {out_dir}")
@@ -493,10 +523,12 @@ def train(settings, train_data, val_data, ranks):
                 break
             began = time.perf_counter()
             loss = forward_backward(net, train_data, step, ranks)
-            norm, load = optimizer_step(model, optimizer, step, ranks)
+            norm, load = optimizer_step(model, optimizer, step, loss, ranks)
             step_times.append(time.perf_counter() - began)
-            report_step(step + 1, loss, norm, load, step_times, flops_share, records)
-            state["skips"] = 0 if math.isfinite(norm) else state["skips"] + 1
+            finite = math.isfinite(loss) and math.isfinite(norm)
+            state["skips"] = 0 if finite else state["skips"] + 1  # in a row
+            state["skipped"] += not finite
+            report_step(step + 1, loss, norm, load, step_times, flops_share, records, state)
             if state["skips"] == SKIPS_IN_A_ROW:
                 sys.exit(f"error: {SKIPS_IN_A_ROW} steps in a row were not finite; lower lr, or set grad_clip")
             if profile and ranks.is_main:

@@ -1,5 +1,6 @@
 # The paper's 27B model: 27.05B parameters, 4.14B of them active, 262B tokens (Table 5).
-#   torchrun --nproc_per_node=8 train.py config/mhc_27b.py         (--residual=hc and --residual=baseline: its rivals)
+#   torchrun --standalone --nproc_per_node=8 train.py config/mhc_27b.py --out_dir=out/mhc_27b
+# --residual=hc and --residual=baseline make its rivals; each wants an out_dir of its own.
 from config.table5 import *  # noqa: F403
 
 n_layer = 30

@@ -1,5 +1,6 @@
 # The paper's 3B model: 2.97B parameters, 612M of them active, 39.3B tokens (Table 5).
-#   torchrun --nproc_per_node=8 train.py config/mhc_3b.py         (--residual=hc and --residual=baseline: its rivals)
+#   torchrun --standalone --nproc_per_node=8 train.py config/mhc_3b.py --out_dir=out/mhc_3b
+# --residual=hc and --residual=baseline make its rivals; each wants an out_dir of its own.
 from config.table5 import *  # noqa: F403
 
 n_layer = 12

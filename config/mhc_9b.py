@@ -1,5 +1,6 @@
 # The paper's 9B model: 9.18B parameters, 1.66B of them active, 105B tokens (Table 5).
-#   torchrun --nproc_per_node=8 train.py config/mhc_9b.py         (--residual=hc and --residual=baseline: its rivals)
+#   torchrun --standalone --nproc_per_node=8 train.py config/mhc_9b.py --out_dir=out/mhc_9b
+# --residual=hc and --residual=baseline make its rivals; each wants an out_dir of its own.
 from config.table5 import *  # noqa: F403
 
 n_layer = 18

@@ -12,7 +12,8 @@ RULES = {
 
 def run(*argv, **more):
     settings = dict(n_layer=12, n_streams=4, residual="mhc", lr=1e-3, beta1=0.9, compile=False, max_steps=100, name="a")
-    script_globals = settings | more | {"_private": 1, "CONSTANT": 7, "a_list": [], "configure": configure, "__file__": __file__}
+    script_globals = settings | more | {"_private": 1, "CONSTANT": 7, "a_list": [], "configure": configure}
+    script_globals["__file__"] = __file__
     config = configure(script_globals, RULES, [str(a) for a in argv])
     assert all(script_globals[k] == v for k, v in config.items())  # the script's globals follow
     return config
@@ -55,8 +56,7 @@ def test_flags_take_the_type_of_the_default(flag, name, value):
     ],
 )  # fmt: skip
 def test_mistakes_in_flags_are_one_line(capsys, flag, words):
-    message = error(capsys, flag)
-    assert words in message and "command line" in message or "missing" in message or "--name=value" in message
+    assert words in error(capsys, flag)
 
 
 @pytest.mark.parametrize(

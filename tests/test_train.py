@@ -98,8 +98,10 @@ def test_figures_of_a_run_in_progress(runs, tmp_path):
     [
         (["--micro_batch_size=3"], "batch_size=4 is not a multiple of micro_batch_size=3 x 1 process"),
         (["--data_dir=nowhere"], "nowhere"), (["--vocab_size=100"], "vocab_size=100"),
+        (["--collapse=head", "--n_streams=1"], "collapse='head'"), (["--recompute_block=99"], "recompute_block=99"),
         (["--qk_rope_head_dim=7"], "qk_rope_head_dim=7"), (["--decay_at=0.5"], "decay_at"),
-        (["--decay_rates=a,b"], "decay_rates='a,b'"), (["--residual=resnet"], "residual='resnet'"),
+        (["--decay_rates=a,b"], "decay_rates='a,b'"),
+        (["--decay_at=0.8,nan"], "decay_at='0.8,nan'"), (["--residual=resnet"], "residual='resnet'"),
         (["--num_experts_per_tok=9"], "num_experts_per_tok=9"), (["--impl=triton"], "impl='triton' cannot run"),
     ],
 )  # fmt: skip
@@ -149,6 +151,6 @@ def test_a_step_that_is_not_finite_is_skipped(monkeypatch):
     model(tokens(), tokens(1))[1].backward()
     model.norm.weight.grad[0] = math.nan
     before = [p.detach().clone() for p in model.parameters()]
-    norm, _ = train.optimizer_step(model, optimizer, 0, start())
+    norm, _ = train.optimizer_step(model, optimizer, 0, 1.0, start())
     assert math.isnan(norm) and all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert model.expert_load().sum() == 0 and all((g.e_score_correction_bias == 0).all() for g in model.gates())
