@@ -29,13 +29,14 @@ import torch.distributed as dist
 
 import eval_report as report
 import eval_score
-from checkpoint import CheckpointError, find, load_model, step_of
+from checkpoint import CheckpointError, find, load_model, run, step_of
 from configurator import at_least, configure, fail, one_of
 from data import Corpus, DataError, read_meta
 from download import read_record, write_json
 from eval_metrics import choice_scores
-from eval_tasks import TASKS, TaskError, context, guess, read_task, shown
+from eval_tasks import TASKS, TaskError, ask, guess, read_task
 from tokenizer import load_tokenizer
+from train import resolve_device
 
 tasks = "all"  # or a list: loss,bbh,drop,gsm8k,hellaswag,math,mmlu,piqa,triviaqa
 eval_dir = "data/eval"  # <task>/<split>.jsonl, made by prepare_data.py --dataset=eval
@@ -62,7 +63,9 @@ RULES = {
     **dict.fromkeys(("limit", "max_length", "seed"), at_least(0)),
     **dict.fromkeys(("batch_tokens", "resamples"), at_least(1)),
 }
+UNUSED = ("tasks", "style", "eval_dir", "save_predictions", "fresh", "resamples", "seed")  # with --lm_eval=
 SAME = ("checkpoint", "weights", "task", "style", "shots", "limit", "max_length", "dtype", "files")  # of two records
+NEEDED = (*SAME, "run", "step", "n", "official", "partial", "random", "scores", "metrics")  # of one to be kept
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -77,13 +80,15 @@ def read(name, s, settings, config):
     if name == "loss":
         try:
             corpus = Corpus(s["data_dir"] or settings["data_dir"], "val", s["max_length"] or config.seq_len)
+            corpus.verify()
         except DataError as e:
             raise TaskError(f"loss: {e}") from e
         return {"corpus": corpus, "files": {"val": {"sequences": corpus.n_sequences, "sha256": corpus.fingerprint}}}
     task = TASKS[name]
     rows, examples, files = read_task(s["eval_dir"], name, s["shots"])
     rows = first_rows(rows, task.group, s["limit"])
-    prompts = [context(getattr(task, s["style"]), row, shown(task, examples, row, s["shots"])) for row in rows]
+    style, where = getattr(task, s["style"]), f"{os.path.join(s['eval_dir'], name)} ({', '.join(files)})"
+    prompts = [ask(task, style, row, examples, s["shots"], where) for row in rows]
     return {"rows": rows, "prompts": prompts, "groups": [row[task.group] if task.group else "" for row in rows],
             "files": files}  # fmt: skip
 
@@ -101,12 +106,15 @@ def first_rows(rows, group, limit):
 
 
 def score_choices(runner, encoding, task, style, given, s):
-    """-> {metric: [per item]}, the choices' log-probabilities, and how many items did not fit."""
+    """-> {metric: [per item]}, the choices' log-probabilities, and how many items did not fit. Raises TaskError."""
     choices = [style.choices(row) for row in given["rows"]]
-    items = [
-        [eval_score.encode_pair(encoding, prompt, style.glue + choice) for choice in texts]
-        for prompt, texts in zip(given["prompts"], choices, strict=True)
-    ]
+    try:
+        items = [
+            [eval_score.encode_pair(encoding, prompt, style.glue + choice) for choice in texts]
+            for prompt, texts in zip(given["prompts"], choices, strict=True)
+        ]
+    except ValueError as e:
+        raise TaskError(f"{task.title}: {e}; it cannot be scored with this tokenizer") from e
     scored = eval_score.loglikelihoods(runner, items, given["groups"], s["batch_tokens"], title=task.title)
     logprobs = [[lp for lp, _ in item] for item in scored]
     golds = [task.gold(row) for row in given["rows"]]
@@ -199,9 +207,23 @@ def versions():
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=os.path.dirname(os.path.abspath(__file__)),
-                         capture_output=True, text=True)  # fmt: skip
+    here = os.path.dirname(os.path.abspath(__file__))
+    try:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
+    except OSError:  # no git on this machine
+        return found | {"commit": None}
     return found | {"commit": git.stdout.strip() or None}
+
+
+def read_results(path):
+    """The records of an earlier results.json that this version can go on with; what it cannot is scored again."""
+    found = read_record(path)
+    records = found.get("records") if isinstance(found, dict) else None
+    records = records if isinstance(records, list) else []
+    whole = [r for r in records if isinstance(r, dict) and all(k in r for k in NEEDED)]
+    if os.path.exists(path) and (not records or len(whole) < len(records)):
+        say(f"{path}: is damaged or from another version; what it lacks is scored again")
+    return whole
 
 
 def keep(path, results, record):
@@ -226,8 +248,7 @@ def say(*words):
 
 def start_processes(device):
     """Join the other processes of torchrun, if there are any; returns this process's device."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = resolve_device(device)
     if "RANK" not in os.environ:
         return device
     if device == "cuda":
@@ -272,10 +293,11 @@ def evaluate(checkpoint, names, path, results, config, where):
             records += old
             continue
         start = time.perf_counter()
-        if name == "loss":
-            new = loss_record(runner, given, s)
-        else:
-            new = task_record(runner, encoding, name, given, s)
+        try:
+            new = loss_record(runner, given, s) if name == "loss" else task_record(runner, encoding, name, given, s)
+        except TaskError as e:
+            missing.append(str(e))
+            continue
         if is_main():
             metrics = {m: report.mean_and_error(v) for m, v in new["scores"].items()}
             new["metrics"] = {m: {"value": value, "se": se} for m, (value, se) in metrics.items()}
@@ -286,9 +308,12 @@ def evaluate(checkpoint, names, path, results, config, where):
 
 def main():
     checkpoints = [a for a in sys.argv[1:] if not a.startswith("-") and not a.endswith(".py")]
+    defaults = dict(globals())
     config = configure(globals(), RULES, [a for a in sys.argv[1:] if a not in checkpoints])
     if not checkpoints:
         fail("no checkpoint given: wanted one or more run folders or step folders, like python eval.py out/demo/mhc")
+    if unused := [k for k in UNUSED if lm_eval and config[k] != defaults[k]]:
+        fail(f"--lm_eval= does not use {', '.join(unused)}: lm-evaluation-harness has tasks and prompts of its own")
     if lm_eval and not importlib.util.find_spec("lm_eval"):
         fail("--lm_eval= needs lm-evaluation-harness: pip install lm-eval==0.4.13")
     where = start_processes(device)
@@ -297,14 +322,17 @@ def main():
     except CheckpointError as e:
         fail(str(e))
     folder = out_dir or os.path.join(run_of(checkpoints[0]), "eval")
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        fail(f"{folder}: the folder for results cannot be made ({e.strerror}); --out_dir= names another")
     if lm_eval:
         import eval_harness  # here, because lm-eval is no dependency
 
         return eval_harness.run(checkpoints, lm_eval.split(","), config | {"device": where}, folder, is_main())
     names, path = wanted_tasks(), os.path.join(folder, "results.json")
     results = {"versions": versions(), "command": " ".join(sys.argv)}
-    results["records"] = (read_record(path) or {}).get("records", [])
+    results["records"] = read_results(path)
     records, missing = [], []
     for checkpoint in checkpoints:
         new, lacking = evaluate(checkpoint, names, path, results, config, where)
@@ -324,21 +352,26 @@ def conclude(records, missing, path, results):
     if records:
         print(f"\nprompts: {style}; per cent ± standard error; the paper's are 27B models after 262B tokens\n")
         print(*report.table(records, names), sep="\n")
-        pairs = report.comparisons(records, seed, resamples) if len(names) > 1 else []
+        pairs, unlike = report.comparisons(records, seed, resamples) if len(names) > 1 else ([], [])
         results["comparisons"] = pairs
         write_json(path, results)
-        print("", *report.comparison_lines(pairs, names), sep="\n")
+        print("", *report.comparison_lines(pairs, names), *unlike, sep="\n")
         if len({r["step"] for r in records}) > 1:
             drawn = os.path.join(os.path.dirname(path), "score_vs_step.png")
             report.picture(records, drawn)
             print(f"picture: {drawn}")
-        cut = [f"{report.title(r['task'])} {r['truncated']} of {r['n']}" for r in records if r.get("truncated")]
-        if cut:
-            print(f"prompts cut on the left to fit {records[0]['max_length']} tokens: {', '.join(dict.fromkeys(cut))}")
+        for key, what in (("truncated", "prompts cut on the left"), ("clipped", "choices alone too long, cut too,")):
+            if cut := [f"{names[r['checkpoint']]}: {report.title(r['task'])} {r[key]} of {r['n']}"
+                       for r in records if r.get(key)]:  # fmt: skip
+                longest = report.joined(str(r["max_length"]) for r in records)
+                print(f"{what} to fit {longest} tokens: {'; '.join(cut)}")
         print(f"results: {path}")
     for why in dict.fromkeys(missing):
         print(f"missing: {why}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        run(main)
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")

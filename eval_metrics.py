@@ -22,11 +22,6 @@ INVALID = "[invalid]"  # what an extraction gives when it finds nothing: equal t
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
-def mean(values):
-    """Arithmetic mean of a non-empty list."""
-    return sum(values) / len(values)
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Choices
 
@@ -47,13 +42,6 @@ def choice_scores(logprobs, choices, gold):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Finding the answer in generated text
-
-
-def cut_at_stops(text, stops):
-    """text up to the first stop string."""
-    for stop in stops:
-        text = text.split(stop)[0]
-    return text
 
 
 def find(pattern, text, which=0):

@@ -10,13 +10,14 @@ import numpy as np
 from eval_tasks import TASKS
 
 PLAIN = ("loss", "bits_per_byte")  # no percentages, and less is better
+ITEMS = ("files", "seq_len", "n")  # equal in two records: they are about the same items in the same order
 
 
 def mean_and_error(scores):
-    """The mean of per-item scores and its standard error (nan for a single item)."""
+    """The mean of per-item scores and its standard error (None for a single item)."""
     scores = np.asarray(scores, dtype=np.float64)
-    error = scores.std(ddof=1) / np.sqrt(len(scores)) if len(scores) > 1 else np.nan
-    return float(scores.mean()), float(error)
+    error = float(scores.std(ddof=1) / np.sqrt(len(scores))) if len(scores) > 1 else None
+    return float(scores.mean()), error
 
 
 def paired(a, b, seed=0, resamples=10_000):
@@ -49,19 +50,26 @@ def finals(records):
 
 
 def comparisons(records, seed, resamples):
-    """Paired comparisons of the first of `finals` with each other one, for every task and metric they share."""
+    """Paired comparisons of the first of `finals` with each other one, for every task and metric they share.
+
+    -> comparisons, and a line for every pair that cannot be compared: their items are not the same.
+    """
     first, *others = finals(records)
     found = {(r["checkpoint"], r["task"]): r for r in records}
-    results = []
+    results, unlike = [], []
     for other in others:
         for task in dict.fromkeys(r["task"] for r in records):
             a, b = found.get((first, task)), found.get((other, task))
             if not a or not b:
                 continue
+            if differ := [k for k in ITEMS if a.get(k) != b.get(k)]:
+                unlike.append(f"{title(task)}: {first} and {other} are not compared: other items ({', '.join(differ)})")
+                continue
             for metric in a["scores"]:
                 pair = paired(a["scores"][metric], b["scores"][metric], seed, resamples)
-                results.append({"task": task, "metric": metric, "a": first, "b": other, **pair, "seed": seed})
-    return results
+                of = {k: a[k] for k in ("official", "partial")}
+                results.append({"task": task, "metric": metric, "a": first, "b": other, **pair, **of, "seed": seed})
+    return results, unlike
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -69,6 +77,8 @@ def comparisons(records, seed, resamples):
 
 
 def number(value, metric):
+    if value is None:
+        return "-"
     return f"{value:.4f}" if metric in PLAIN else f"{100 * value:.1f}"
 
 
@@ -82,22 +92,27 @@ def extent(record):
     return f"{record['n']}{whole} (partial)" if record["partial"] else str(record["n"])
 
 
+def joined(words):
+    """One word where all records agree; else each once."""
+    return ", ".join(dict.fromkeys(words))
+
+
 def table(records, names):
     """Lines of the table: a row per task and metric, a column per checkpoint ({checkpoint: name}) and the paper's."""
     head = ["task", "shots", "metric", "items", *names.values(), "random", "paper: baseline", "HC", "mHC"]
     rows = [head]
     found = {(r["checkpoint"], r["task"]): r for r in records}
     for task in dict.fromkeys(r["task"] for r in records):
-        some = next(r for r in records if r["task"] == task)
-        for i, (metric, _) in enumerate(some["metrics"].items()):
+        mine = [r for r in records if r["task"] == task]
+        shots, items = joined(str(r["shots"]) for r in mine), joined(map(extent, mine))
+        for i, metric in enumerate(mine[0]["metrics"]):
             cells = []
             for checkpoint in names:
                 m = found[checkpoint, task]["metrics"][metric] if (checkpoint, task) in found else None
                 cells.append(f"{number(m['value'], metric)} ± {number(m['se'], metric)}" if m else "-")
             paper = [f"{p:.1f}" for p in TASKS[task].paper] if task in TASKS and i == 0 else ["-"] * 3
-            random = some["random"].get(metric)
-            random = "-" if random is None else number(random, metric)
-            rows.append([title(task), str(some["shots"]), metric, extent(some), *cells, random, *paper])
+            random = joined(number(r["random"].get(metric), metric) for r in mine)
+            rows.append([title(task), shots, metric, items, *cells, random, *paper])
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     widths = [-w if i in (0, 2) else w for i, w in enumerate(widths)]  # names to the left, numbers to the right
     lines = ["  ".join(c.rjust(w) if w > 0 else c.ljust(-w) for c, w in zip(row, widths, strict=True)) for row in rows]
@@ -109,12 +124,13 @@ def comparison_lines(results, names):
     lines = []
     for r in results:
         scale, unit = (1, "") if r["metric"] in PLAIN else (100, " points")
-        d, se, low, high = (scale * r[k] for k in ("difference", "se", "low", "high"))
+        d, low, high = (scale * r[k] for k in ("difference", "low", "high"))
         digits = 4 if r["metric"] in PLAIN else 2
+        se = "-" if r["se"] is None else f"{scale * r['se']:.{digits}f}"
         star = " *" if low > 0 or high < 0 else ""
         lines.append(
             f"{title(r['task'])} {r['metric']}: {names[r['b']]} minus {names[r['a']]} = {d:+.{digits}f}{unit} ± "
-            f"{se:.{digits}f}, 95 % {low:+.{digits}f} .. {high:+.{digits}f}, {r['n']} items{star}"
+            f"{se}, 95 % {low:+.{digits}f} .. {high:+.{digits}f}, {extent(r)} items{star}"
         )
     return lines
 
@@ -142,7 +158,8 @@ def picture(records, path):
         scale = 1 if metric in PLAIN else 100
         for run in dict.fromkeys(r["run"] for r in mine):
             line = sorted((r for r in mine if r["run"] == run), key=lambda r: r["step"])
-            values, errors = ([scale * r["metrics"][metric][k] for r in line] for k in ("value", "se"))
+            values = [scale * r["metrics"][metric]["value"] for r in line]
+            errors = [scale * (r["metrics"][metric]["se"] or 0.0) for r in line]
             ax.errorbar([r["step"] for r in line], values, errors, marker="o", capsize=2, label=run)
         if mine[0]["random"].get(metric) is not None:
             ax.axhline(scale * mine[0]["random"][metric], color="gray", linestyle=":", label="random guessing")

@@ -163,14 +163,14 @@ def plan(lengths, sizes, beginnings, groups, batch_tokens):
 class Scored:
     """One (context, continuation) as the model sees it: truncated from the left to max_length inputs.
 
-    A continuation longer than max_length is scored on its last max_length tokens alone (`clipped`).
+    A continuation longer than max_length is scored on its last max_length tokens alone.
     """
 
     def __init__(self, context, continuation, max_length):
         whole = context + continuation
         self.inputs = whole[-(max_length + 1) :][:-1]
         self.targets = continuation[-len(self.inputs) :]
-        self.clipped, self.truncated = len(continuation) > max_length, len(whole) > max_length + 1
+        self.truncated = len(whole) > max_length + 1
         self.free = len(self.inputs) - len(self.targets)  # inputs whose predictions nobody asks for
 
 

@@ -52,7 +52,9 @@ class Task:
     fields: tuple  # that every test row must have
     harness: Style
     deepseek: Style
-    gold: Callable | None = None  # row -> number of the right choice
+    gold: Callable  # row -> number of the right choice, or what free answers are held against
+    example_fields: tuple = ()  # that every line of the examples' file must have; (): `fields`
+    fetched: bool = True  # whether prepare_data.py makes the examples' file
     group: str | None = None  # field by which examples belong to rows (a subject has its own)
     unfold: Callable | None = None  # one line of the examples' file -> its examples, where a line holds several
     needs: Callable = lambda: None  # raises ImportError if a library that the metric needs is missing
@@ -80,6 +82,12 @@ def mmlu_question(row):
 def mmlu_description(row, examples):
     subject = row["subject"].replace("_", " ")
     return f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+
+
+def gsm8k_gold(row):
+    if "#### " not in row["answer"]:
+        raise ValueError(f"wanted an answer that ends in '#### ' and a number, got {row['answer'][-60:]!r}")
+    return em.gsm8k_number(row["answer"])
 
 
 def gsm8k_chain(row):
@@ -149,17 +157,6 @@ def drop_question(row):
     )
 
 
-def minerva(score=lambda text, row: em.math_scores(text, em.math_gold(row))):
-    """MATH is asked the same way in both styles: Minerva's four examples, from math/fewshot.jsonl."""
-    return Style(
-        question=lambda row: f"Problem:\n{row['problem']}\n\nSolution:",
-        target=lambda row: row["solution"],
-        score=score,
-        metrics=("em",),
-        stops=("Problem:",),
-    )
-
-
 def guess(task, row):
     """The score (0 to 1) that guessing at random among a row's possible answers has on average; 0 for free answers."""
     if task.harness.choices:
@@ -178,7 +175,7 @@ TASKS = {
     "bbh": Task(
         title="BBH", shots=3, paper=(43.8, 48.9, 51.0), sizes=(6511,),
         tests=("test",), examples=("cot_prompts",), fields=("task", "input", "target"), group="task",
-        unfold=bbh_examples,
+        example_fields=("task", "prompt"), unfold=bbh_examples, gold=lambda row: row["target"],
         harness=Style(
             description=lambda row, examples: examples[0]["description"] if examples else "",
             question=lambda row: f"Q: {row['input']}{BBH_STEP}",
@@ -202,7 +199,7 @@ TASKS = {
     ),
     "drop": Task(
         title="DROP", shots=3, paper=(47.0, 51.6, 53.9), sizes=(9536, 9535),
-        tests=("dev", "validation"), examples=("train", "fewshot"), fields=("passage", "question"),
+        tests=("dev", "validation"), examples=("train", "fewshot"), fields=("passage", "question"), gold=drop_golds,
         harness=Style(
             question=lambda row: f"{row['passage']} {row['question']}",
             target=lambda row: ",".join(drop_golds(row)[0]),
@@ -220,7 +217,7 @@ TASKS = {
     ),
     "gsm8k": Task(
         title="GSM8K", shots=8, paper=(46.7, 53.2, 53.8), sizes=(1319,),
-        tests=("test",), examples=("train",), fields=("question", "answer"),
+        tests=("test",), examples=("train",), fields=("question", "answer"), gold=gsm8k_gold,
         harness=Style(
             question=lambda row: f"Question: {row['question']}\nAnswer:",
             target=lambda row: row["answer"],
@@ -257,7 +254,15 @@ TASKS = {
     "math": Task(
         title="MATH", shots=4, paper=(22.0, 26.4, 26.0), sizes=(5000,),
         tests=("test",), examples=("fewshot",), fields=("problem",),
-        needs=em.need_latex_parser, harness=minerva(), deepseek=minerva(),
+        example_fields=("problem", "solution"), gold=em.math_gold, needs=em.need_latex_parser,
+        harness=(_minerva := Style(  # Minerva's four examples, in both styles
+            question=lambda row: f"Problem:\n{row['problem']}\n\nSolution:",
+            target=lambda row: row["solution"],
+            score=lambda text, row: em.math_scores(text, em.math_gold(row)),
+            metrics=("em",),
+            stops=("Problem:",),
+        )),
+        deepseek=_minerva,
     ),
     "mmlu": Task(
         title="MMLU", shots=5, paper=(59.0, 63.0, 63.4), sizes=(14042,),
@@ -275,6 +280,7 @@ TASKS = {
     "piqa": Task(
         title="PIQA", shots=0, paper=(78.5, 79.9, 80.5), sizes=(1838,),
         tests=("valid", "validation"), examples=("train",), fields=("goal", "sol1", "sol2", "label"),
+        fetched=False,  # of PIQA only the validation split is
         gold=lambda row: int(row["label"]),
         harness=Style(
             question=lambda row: f"Question: {row['goal']}\nAnswer:",
@@ -292,6 +298,7 @@ TASKS = {
     "triviaqa": Task(
         title="TriviaQA", shots=5, paper=(54.3, 56.3, 57.6), sizes=(11313, 17944),  # unfiltered, reading comprehension
         tests=("validation", "dev"), examples=("train", "fewshot_validation"), fields=("question", "answer"),
+        gold=lambda row: triviaqa_golds(row["answer"]),
         harness=Style(
             question=lambda row: f"Question: {row['question']}?\nAnswer:",  # a second '?', as there
             target=lambda row: row["answer"]["aliases"][0],
@@ -335,6 +342,23 @@ def context(style, row, examples):
     return style.description(row, examples) + "".join(before) + style.question(row)
 
 
+def ask(task, style, row, examples, shots, where):
+    """The prompt of a row, once its right answer and its score by guessing are known to be readable.
+
+    Raises TaskError saying `where` the row and the examples are from.
+    """
+    mine = shown(task, examples, row, shots)
+    try:
+        gold = task.gold(row)
+        if style.choices and gold not in range(len(style.choices(row))):
+            raise ValueError(f"wanted the number of one of {len(style.choices(row))} choices, got {gold!r}")
+        guess(task, row)
+        return context(style, row, mine)
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as e:
+        what = f"no {e}" if isinstance(e, KeyError) else e
+        raise TaskError(f"{where}: a row or its examples cannot be used: {what}; the row: {str(row)[:200]}") from e
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Files
 
@@ -343,25 +367,27 @@ class TaskError(Exception):
     """A task that cannot be scored: files missing or damaged, too few examples. The message says what to do."""
 
 
-def find_split(eval_dir, name, splits):
-    """Path of the first of `splits` that exists. TaskError otherwise."""
+def find_split(eval_dir, name, splits, fetched=True):
+    """Path of the first of `splits` that exists. TaskError otherwise; fetched: whether prepare_data.py makes it."""
     paths = [os.path.join(eval_dir, name, f"{split}.jsonl") for split in splits]
     for path in paths:
         if os.path.isfile(path):
             return path
-    raise TaskError(f"{name}: no {' or '.join(paths)}; to fetch it: {PREPARE} --tasks={name}")
+    what = f"to fetch it: {PREPARE} --tasks={name} --eval_dir={eval_dir}" if fetched else \
+        "prepare_data.py does not fetch it: put it there, or set --shots=0"
+    raise TaskError(f"{name}: no {' or '.join(paths)}; {what}")
 
 
-def read_rows(path, fields=()):
+def read_rows(path, fields):
     """The rows of a .jsonl file. TaskError naming file and line for what is not JSON or lacks a field."""
     rows = []
-    with open(path, encoding="utf-8") as f:
+    with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             try:
                 row = json.loads(line)
-            except ValueError as e:
+            except ValueError as e:  # of UTF-8 too
                 raise TaskError(f"{path}, line {number}: not JSON ({e}); fetch it again: {PREPARE}") from e
-            lacking = [name for name in fields if name not in row]
+            lacking = [name for name in fields if not isinstance(row, dict) or name not in row]
             if lacking:
                 raise TaskError(f"{path}, line {number}: no field {', '.join(lacking)}; wanted {', '.join(fields)}")
             rows.append(row)
@@ -381,9 +407,12 @@ def read_task(eval_dir, name, shots):
     rows, files = read_rows(test, task.fields), [test]
     examples = []
     if shots:
-        files.append(find_split(eval_dir, name, task.examples))
-        examples = read_rows(files[-1])
-        examples = [e for line in examples for e in task.unfold(line)] if task.unfold else examples
+        files.append(find_split(eval_dir, name, task.examples, task.fetched))
+        examples = read_rows(files[-1], task.example_fields or task.fields)
+        try:
+            examples = [e for line in examples for e in task.unfold(line)] if task.unfold else examples
+        except (ValueError, AttributeError) as e:
+            raise TaskError(f"{files[-1]}: not in the official form ({e}); fetch it again: {PREPARE}") from e
     return rows, examples, {os.path.basename(path): describe(path) for path in files}
 
 

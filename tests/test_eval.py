@@ -1,9 +1,12 @@
 """eval.py as a whole: rigged models score 100 % and 0 %, results.json, comparisons, processes, what is missing."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -16,7 +19,8 @@ import eval_report
 from eval_score import Runner
 from eval_tasks import TASKS
 from tests.eval_items import BYTES, FILES, rigged, right_answer, tiny, write_files
-from tests.ranks import run_ranks
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +168,8 @@ def test_missing_tasks_are_named_and_do_not_stop_others(command, runs, tmp_path,
         ((), "no checkpoint given"),
         (("nowhere",), "nowhere: wanted a run folder"),
         (("mhc", "--style=openai"), "wanted one of 'harness', 'deepseek'"),
+        (("mhc", "--lm_eval=arc_easy", "--tasks=piqa"), "--lm_eval= does not use tasks"),
+        (("mhc", "--tasks=piqa", "--out_dir=text.txt/eval"), "text.txt/eval: the folder for results cannot be made"),
     ],
 )
 def test_mistakes_are_one_line(command, arguments, message, capsys):
@@ -183,27 +189,69 @@ def test_batch_size_changes_no_prediction(command, runs):
             assert a["scores"][metric] == (pytest.approx(scores, abs=1e-5) if a["task"] == "loss" else scores)
 
 
-def on_a_rank(folder, runs, out):
-    sys.argv = ["eval.py", "mhc", f"--eval_dir={folder}", "--device=cpu", f"--out_dir={out}", "--batch_tokens=3000"]
-    sys.argv += ["--tasks=loss,piqa,mmlu,triviaqa", "--save_predictions=True"]
-    evaluation.start_processes = lambda device: device
-    begun, evaluation.dist.is_initialized = evaluation.dist.is_initialized, lambda: not ended
-    ended = []
-    evaluation.dist.destroy_process_group = lambda: ended.append(True)  # in earnest by the caller
-    evaluation.main()
-    assert ended
-    evaluation.dist.is_initialized = begun
+def test_two_processes_of_torchrun_give_the_same_bits(folder, runs):
+    """As the commands themselves: torchrun's variables, the process group, who prints and who writes."""
+    two = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    for out, launcher in (("alone", ()), ("torchrun", two)):
+        words = [sys.executable, *launcher, f"{ROOT}/eval.py", "mhc", f"--eval_dir={folder}", "--device=cpu",
+                 "--tasks=loss,piqa,mmlu,triviaqa", "--save_predictions=True", "--batch_tokens=3000",
+                 f"--out_dir={out}"]  # fmt: skip
+        with subprocess.Popen(words, cwd=runs, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:  # fmt: skip
+            try:
+                said, _ = process.communicate(timeout=120)
+            finally:
+                process.terminate()  # torchrun takes its workers with it
+        assert process.returncode == 0 and said.count("results: ") == 1, said
+    one, two = (results(runs / out)["records"] for out in ("alone", "torchrun"))
+    assert [r | {"seconds": 0} for r in one] == [r | {"seconds": 0} for r in two] and len(one) == 4
 
 
-def test_two_processes_give_the_same_bits(folder, runs, monkeypatch):
-    monkeypatch.chdir(runs)
-    for world in (1, 2):
-        run_ranks(world, on_a_rank, folder, runs, f"world{world}")
-    one, two = (results(runs / f"world{world}")["records"] for world in (1, 2))
-    drop = ("seconds",)
-    assert [{k: v for k, v in r.items() if k not in drop} for r in one] == [
-        {k: v for k, v in r.items() if k not in drop} for r in two
-    ]
+def test_altered_tokens_are_not_scored(command, runs, capsys):
+    shutil.copytree(runs / "data", runs / "altered")
+    path = runs / "altered" / "val_000000.bin"
+    data = bytearray(path.read_bytes())
+    data[-10] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(SystemExit):
+        command("mhc", "--tasks=loss", "--data_dir=altered", "--out_dir=altered_eval")
+    assert "val_000000.bin: altered since it was written" in capsys.readouterr().out
+
+
+def test_one_item_has_no_error_and_results_stay_json(command, runs):
+    said = command("baseline", "mhc", "--tasks=piqa", "--limit=1", "--out_dir=single")
+    text = (runs / "single" / "results.json").read_text()
+    found = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    assert found["records"][0]["metrics"]["acc"]["se"] is None and found["comparisons"][0]["se"] is None
+    assert " ± -" in said and "1 of 1838 (partial) items" in said and "nan" not in said
+
+
+def test_choices_that_do_not_fit_are_told(command):
+    said = command("mhc", "--tasks=piqa", "--max_length=8", "--out_dir=short")
+    assert "choices alone too long, cut too, to fit 8 tokens: mhc 20: PIQA 4 of 4" in said
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"records": [{"task": "piqa"}, 3]}', "{", '{"records": 5}'])
+def test_damaged_results_are_told_and_scored_again(command, runs, text):
+    (runs / "damaged").mkdir(exist_ok=True)
+    (runs / "damaged" / "results.json").write_text(text)
+    assert "is damaged or from another version" in command("mhc", "--tasks=piqa", "--out_dir=damaged")
+    assert len(results(runs / "damaged")["records"]) == 1
+
+
+def test_a_merge_that_leaves_a_choice_no_token_is_told(command, monkeypatch, capsys):
+    def none_left(*pair):
+        raise ValueError("the continuation ' x' has no tokens of its own")
+
+    monkeypatch.setattr(evaluation.eval_score, "encode_pair", none_left)
+    with pytest.raises(SystemExit):
+        command("mhc", "--tasks=piqa", "--out_dir=merged")
+    assert "missing: PIQA: the continuation ' x' has no tokens of its own; it cannot be" in capsys.readouterr().out
+
+
+def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert evaluation.versions()["commit"] is None
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -220,6 +268,29 @@ def test_standard_error_and_paired_comparison_by_hand():
     assert got == eval_report.paired(a, b, seed=3, resamples=4000) != eval_report.paired(a, b, seed=3, resamples=999)
     with pytest.raises(ValueError, match="the same items: got 6 and 5"):
         eval_report.paired(a, b[:5])
+
+
+def test_unlike_items_are_not_compared():
+    def record(run, task="loss", sha="a", seq_len=8, scores=(1.0, 2.0)):
+        return {"checkpoint": run, "run": run, "step": 1, "task": task, "files": {"val": sha}, "seq_len": seq_len,
+                "n": len(scores), "official": 5, "partial": True, "scores": {"loss": list(scores)}}  # fmt: skip
+
+    first = record("a")
+    for other in (record("b", sha="b"), record("b", seq_len=9), record("b", scores=[1.0])):
+        pairs, unlike = eval_report.comparisons([first, other], 0, 50)
+        assert not pairs and len(unlike) == 1 and "validation: a and b are not compared" in unlike[0]
+    pairs, unlike = eval_report.comparisons([first, record("b")], 0, 50)
+    assert len(pairs) == 1 and not unlike
+    assert "2 of 5 (partial) items" in eval_report.comparison_lines(pairs, {"a": "a", "b": "b"})[0]
+
+
+def test_the_table_shows_what_differs_between_checkpoints():
+    def record(run, n, random):
+        return {"checkpoint": run, "task": "piqa", "shots": 0, "n": n, "official": 9, "partial": n < 9,
+                "metrics": {"acc": {"value": 0.5, "se": None}}, "random": {"acc": random}}  # fmt: skip
+
+    line = eval_report.table([record("a", 3, 0.5), record("b", 9, 0.25)], {"a": "a", "b": "b"})[2]
+    assert "3 of 9 (partial), 9" in line and "50.0, 25.0" in line
 
 
 def test_bootstrap_agrees_with_the_normal_interval():

@@ -146,8 +146,3 @@ def test_a_time_limit_ends_what_hangs():
     with pytest.raises(TimeoutError), em.time_limit(1):
         while True:
             pass
-
-
-def test_stops_cut_at_the_earliest():
-    assert em.cut_at_stops("ab.c\nd", ("\n", ".")) == "ab"
-    assert em.cut_at_stops("abc", ("\n",)) == "abc"

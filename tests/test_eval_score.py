@@ -3,6 +3,7 @@
 import random
 
 import pytest
+import tiktoken
 import torch
 
 import eval_score
@@ -125,6 +126,27 @@ def test_encoding_of_pairs():
     assert encode_pair(BYTES, "", "x") == ([256], [120])
     with pytest.raises(ValueError, match="no tokens"):
         encode_pair(BYTES, "ab", "")
+
+
+def merging(*merges):
+    """The byte tokenizer with these texts as tokens 256, 257, ..., none of them kept apart by a pattern."""
+    ranks = {bytes([i]): i for i in range(256)} | {text.encode(): 256 + i for i, text in enumerate(merges)}
+    end = {"<|endoftext|>": len(ranks)}
+    return tiktoken.Encoding("merging", pat_str=r"[\s\S]+", mergeable_ranks=ranks, special_tokens=end)
+
+
+def test_a_merge_across_the_border():
+    """As in lm-evaluation-harness the context keeps its own number of tokens, and the rest is the continuation."""
+    bc = merging("bc")
+    assert bc.encode_ordinary("abcd") == [97, 256, 100]
+    assert encode_pair(bc, "ab", "cd") == ([97, 98], [100])  # the merged 'bc' stands where the context's 'b' does
+    with pytest.raises(ValueError, match="'c' has no tokens of its own behind 'ab'"):
+        encode_pair(bc, "ab", "c")
+
+
+def test_stops_cut_at_the_earliest():
+    assert eval_score.cut(b"ab.c\nd", (b"\n", b".")) == b"ab"
+    assert eval_score.cut(b"abc", (b"\n",)) == b"abc"
 
 
 def test_common_prefix():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval_tasks import TASKS, TaskError, context, drop_golds, guess, read_task, shown
+from eval_tasks import TASKS, TaskError, ask, context, drop_golds, guess, read_task, shown
 from tests.eval_items import FILES, drop, write_files
 
 HARNESS = {
@@ -117,7 +117,8 @@ def test_guessing():
 
 
 def test_missing_files_name_the_command(tmp_path):
-    with pytest.raises(TaskError, match="test.jsonl; to fetch it: python prepare_data.py --dataset=eval --tasks=gsm8k"):
+    command = "python prepare_data.py --dataset=eval --tasks=gsm8k --eval_dir=/"
+    with pytest.raises(TaskError, match=f"test.jsonl; to fetch it: {command}"):
         read_task(str(tmp_path), "gsm8k", 8)
     folder = write_files(tmp_path, {"gsm8k/test": FILES["gsm8k/test"]})
     assert read_task(folder, "gsm8k", 0)[1] == []  # no examples wanted, none needed
@@ -127,13 +128,53 @@ def test_missing_files_name_the_command(tmp_path):
 
 @pytest.mark.parametrize(
     "text, message",
-    [('{"goal": 1', "line 1: not JSON"), ('{"goal": "x"}', "line 1: no field sol1, sol2, label"), ("", "has no rows")],
+    [
+        ('{"goal": 1', "line 1: not JSON"),
+        ("7", "line 1: no field goal, sol1"),
+        ('{"goal": "x"}', "line 1: no field sol1, sol2, label"),
+        ("", "has no rows"),
+    ],
 )
 def test_damaged_files(tmp_path, text, message):
     (tmp_path / "piqa").mkdir()
     (tmp_path / "piqa" / "valid.jsonl").write_text(text)
     with pytest.raises(TaskError, match=message):
         read_task(str(tmp_path), "piqa", 0)
+
+
+@pytest.mark.parametrize(
+    "name, row, message",
+    [
+        ("mmlu/test", {"answer": "B"}, "wanted the number of one of 4 choices, got 'B'"),  # the official letters
+        ("piqa/valid", {"label": 2}, "wanted the number of one of 2 choices, got 2"),
+        ("hellaswag/val", {"label": ""}, "invalid literal for int"),
+        ("math/test", {"solution": None}, "neither an answer nor"),
+        ("gsm8k/test", {"answer": "6"}, "ends in '#### ' and a number, got '6'"),
+        ("triviaqa/validation", {"answer": {"value": "x"}}, "no 'aliases'"),
+        ("drop/dev", {"answer": None}, "not subscriptable"),
+        ("bbh/test", {"target": 1}, "no attribute 'lower'"),
+    ],
+)
+def test_rows_that_could_not_be_scored_are_found_before_anything_runs(name, row, message):
+    task = TASKS[name.split("/")[0]]
+    with pytest.raises(TaskError, match=message) as e:
+        ask(task, task.harness, FILES[name][0] | row, [], 0, name)
+    assert str(e.value).startswith(f"{name}: a row or its examples cannot be used: ")
+    assert ask(task, task.harness, FILES[name][0], [], 0, name) == context(task.harness, FILES[name][0], [])
+
+
+def test_examples_in_another_form(tmp_path):
+    folder = write_files(tmp_path, FILES | {"math/fewshot": [{"problem": "p"}], "bbh/cot_prompts": [
+        {"task": "odd_sums", "prompt": "Say.\n\nQ: x\nA: no steps"}]})  # fmt: skip
+    with pytest.raises(TaskError, match="fewshot.jsonl, line 1: no field solution"):
+        read_task(folder, "math", 4)
+    with pytest.raises(TaskError, match="cot_prompts.jsonl: not in the official form"):
+        read_task(folder, "bbh", 3)
+    task, row, example = TASKS["gsm8k"], FILES["gsm8k/test"][0], {"question": "q", "answer": "no number"}
+    with pytest.raises(TaskError, match="here: .* not enough values to unpack"):
+        ask(task, task.deepseek, row, [example], 1, "here")
+    with pytest.raises(TaskError, match="prepare_data.py does not fetch it: put it there, or set --shots=0"):
+        read_task(folder, "piqa", 5)
 
 
 def test_too_few_examples(folder):
