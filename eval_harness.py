@@ -7,6 +7,8 @@ From Python, importing this file registers the model 'mhc':
     import lm_eval, eval_harness
     lm_eval.simple_evaluate(model="mhc", model_args="pretrained=out/demo/mhc", tasks=["arc_easy"])
 
+    pip install lm-eval==0.4.13 && pytest tests/test_eval_harness.py    # a task of choices, one of generation; offline
+
 lm-eval asks with texts; what it gets comes from eval_score.py, with shared prefixes and on all processes of torchrun.
 """
 
@@ -16,10 +18,12 @@ import lm_eval
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
 import eval_score
 from checkpoint import load_model
+from configurator import fail
 from download import write_json
 from tokenizer import load_tokenizer
 
@@ -97,13 +101,15 @@ class Checkpoint(TemplateLM):
 
 def run(checkpoints, tasks, s, out_dir, main):
     """eval.py's --lm_eval: run these tasks on every checkpoint; tables to the terminal, results to lm_eval.json."""
-    found = {}
+    manager, found = TaskManager(), {}
+    if unknown := [task for task in tasks if not manager.match_tasks([task])]:
+        fail(f"lm_eval: lm-evaluation-harness has no task {', '.join(map(repr, unknown))}; lm-eval ls tasks lists all")
     for checkpoint in checkpoints:
         keys = ("device", "dtype", "batch_tokens", "max_length", "data_dir")
         model = Checkpoint(checkpoint, **{k: s[k] for k in keys})
         results = lm_eval.simple_evaluate(
             model=model, tasks=tasks, limit=s["limit"] or None, num_fewshot=None if s["shots"] < 0 else s["shots"],
-            log_samples=False, bootstrap_iters=0,
+            task_manager=manager, log_samples=False, bootstrap_iters=0,
         )  # fmt: skip
         found[checkpoint] = {k: results[k] for k in ("results", "versions", "n-shot", "n-samples")}
         if main:

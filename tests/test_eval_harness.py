@@ -1,0 +1,70 @@
+"""lm-evaluation-harness on a checkpoint: a task of choices and one of generation, from invented items."""
+
+import json
+
+import pytest
+
+lm_eval = pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13")
+
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+import eval_harness  # noqa: E402
+from eval_score import Runner, encode_pair, generate, loglikelihoods  # noqa: E402
+from tests.eval_items import BYTES, tiny  # noqa: E402
+
+CHOICE = """
+task: jars
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/jars.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "Question: {{goal}}\\nAnswer:"
+doc_to_choice: "{{[sol1, sol2]}}"
+doc_to_target: label
+metric_list: [{metric: acc}, {metric: acc_norm}]
+"""
+GENERATION = """
+task: towns
+dataset_path: json
+dataset_kwargs: {data_files: {test: FOLDER/towns.jsonl}}
+test_split: test
+output_type: generate_until
+doc_to_text: "Q: {{q}}\\nA:"
+doc_to_target: "{{a}}"
+generation_kwargs: {until: ["\\n"], do_sample: false, max_gen_toks: 6}
+metric_list: [{metric: exact_match}]
+"""
+JARS = [{"goal": f"Open jar {i}.", "sol1": "Turn it.", "sol2": "Hit with spoons.", "label": i % 2} for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny("mhc", seq_len=256)
+
+
+def test_choices_and_generation_are_ours(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    questions = [f"Which town is {i}?" for i in range(3)]
+    said = generate(Runner(model), BYTES, [f"Q: {q}\nA:" for q in questions], None, ("\n",), 6)
+    towns = [{"q": q, "a": text if i else "no"} for i, (q, text) in enumerate(zip(questions, said, strict=True))]
+    for name, rows, task in (("jars", JARS, CHOICE), ("towns", towns, GENERATION)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / f"{name}.yaml").write_text(task.replace("FOLDER", str(tmp_path)))
+    found = lm_eval.simple_evaluate(
+        model=eval_harness.Checkpoint(model=model, encoding=BYTES), tasks=["jars", "towns"], num_fewshot=0,
+        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False), bootstrap_iters=0,
+    )  # fmt: skip
+    assert found["results"]["towns"]["exact_match,none"] == pytest.approx(2 / 3)  # of the three, the first is wrong
+    for sample, row in zip(found["samples"]["jars"], JARS, strict=True):
+        assert sample["doc"]["goal"] == row["goal"]
+        item = [encode_pair(BYTES, f"Question: {row['goal']}\nAnswer:", f" {row[k]}") for k in ("sol1", "sol2")]
+        whole = loglikelihoods(Runner(model), [item], share=False)[0]
+        assert [lp for lp, _ in sample["filtered_resps"]] == pytest.approx([lp for lp, _ in whole], abs=1e-4)
+
+
+def test_unknown_tasks_end_with_one_line(capsys):
+    with pytest.raises(SystemExit) as e:
+        eval_harness.run([], ["arc_eazy"], {}, ".", True)
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and "lm_eval: lm-evaluation-harness has no task 'arc_eazy'" in said
