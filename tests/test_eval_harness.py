@@ -31,7 +31,7 @@ test_split: test
 output_type: generate_until
 doc_to_text: "Q: {{q}}\\nA:"
 doc_to_target: "{{a}}"
-generation_kwargs: {until: ["\\n"], do_sample: false, max_gen_toks: 6}
+generation_kwargs: {until: ["never there", STOP], do_sample: false, max_gen_toks: 20}
 metric_list: [{metric: exact_match}]
 """
 JARS = [{"goal": f"Open jar {i}.", "sol1": "Turn it.", "sol2": "Hit with spoons.", "label": i % 2} for i in range(6)]
@@ -46,11 +46,13 @@ def test_choices_and_generation_are_ours(model, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     questions = [f"Which town is {i}?" for i in range(3)]
-    said = generate(Runner(model), BYTES, [f"Q: {q}\nA:" for q in questions], None, ("\n",), 6)
+    whole = generate(Runner(model), BYTES, [f"Q: {q}\nA:" for q in questions], None, (), 20)
+    stop = next(c for c in whole[1][1:] if c.isascii() and c.isprintable())  # one that is met
+    said = [text.split(stop)[0] for text in whole]
     towns = [{"q": q, "a": text if i else "no"} for i, (q, text) in enumerate(zip(questions, said, strict=True))]
     for name, rows, task in (("jars", JARS, CHOICE), ("towns", towns, GENERATION)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        (tmp_path / f"{name}.yaml").write_text(task.replace("FOLDER", str(tmp_path)))
+        (tmp_path / f"{name}.yaml").write_text(task.replace("FOLDER", str(tmp_path)).replace("STOP", json.dumps(stop)))
     found = lm_eval.simple_evaluate(
         model=eval_harness.Checkpoint(model=model, encoding=BYTES), tasks=["jars", "towns"], num_fewshot=0,
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False), bootstrap_iters=0,
