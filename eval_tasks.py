@@ -320,7 +320,9 @@ TASKS = {
 
 
 def triviaqa_golds(answer):
-    return [*answer.get("normalized_aliases", ()), *answer["aliases"], answer["value"]]
+    """What the official metric takes for right: every alias, and what people answered where a row has it."""
+    people = answer.get("human_answers") or ()
+    return [*answer.get("normalized_aliases", ()), *answer["aliases"], *people, answer["value"]]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -177,6 +177,12 @@ def test_examples_in_another_form(tmp_path):
         read_task(folder, "piqa", 5)
 
 
+def test_triviaqa_takes_human_answers():
+    row = FILES["triviaqa/validation"][1]
+    row = row | {"answer": row["answer"] | {"human_answers": ["Den Haag"]}}
+    assert TASKS["triviaqa"].deepseek.score("den haag", row) == {"em": 1.0}
+
+
 def test_too_few_examples(folder):
     with pytest.raises(TaskError, match="MMLU: wanted 6 examples of subject 'sums_of_two', got 5; set --shots=5"):
         prompt(folder, "mmlu", "harness", 6)
