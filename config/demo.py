@@ -1,8 +1,8 @@
 # The demo: small enough for ten minutes on two CPU cores for all three variants, with MLA and MoE in it,
-# and deep enough (24 sublayers) that HC's gain is plainly seen.
+# and deep enough (20 sublayers) that HC's gain is plainly seen.
 data_dir = "data/python_bpe2048"
 seq_len = 128
-n_layer = 12
+n_layer = 10
 n_embd = 64
 n_head = 4
 kv_lora_rank = 32
@@ -17,9 +17,9 @@ n_shared_experts = 1
 moe_intermediate_size = 48
 batch_size = 16
 micro_batch_size = 16
-max_steps = 300
+max_steps = 200
 lr = 3e-3
-warmup_steps = 30
+warmup_steps = 20
 lr_schedule = "cosine"
 eval_interval = 50
 eval_sequences = 64
