@@ -133,6 +133,7 @@ def draw_gain(ax, runs, kind, way):
         ax.set_ylim(0, 2)  # Fig 7
     ax.axhline(1, color="black", linewidth=0.5)
     what = {"fwd": "forward (row sums)", "bwd": "backward (column sums)"}[way]
+    ax.xaxis.get_major_locator().set_params(integer=True)
     label(ax, f"{kind} mapping, {what}", "sublayer l", "Amax gain magnitude")
 
 
