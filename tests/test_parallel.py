@@ -85,10 +85,10 @@ def test_fsdp_recomputation_accumulation_and_resume_together(root):
     def die(train):
         inner = train.optimizer_step
 
-        def optimizer_step(model, optimizer, step, ranks):
+        def optimizer_step(model, optimizer, step, *rest):
             if step == 13:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return inner(model, optimizer, step, ranks)
+            return inner(model, optimizer, step, *rest)
 
         train.optimizer_step = optimizer_step
 
@@ -107,7 +107,7 @@ def test_a_rank_that_hangs_ends_the_run(root):
     def hang(train):
         if os.environ["RANK"] == "1":
             inner = train.optimizer_step
-            train.optimizer_step = lambda m, o, step, r: time.sleep(600) if step == 3 else inner(m, o, step, r)
+            train.optimizer_step = lambda m, o, step, *r: time.sleep(600) if step == 3 else inner(m, o, step, *r)
 
     start = time.monotonic()
     with Job(flags(root, "hung", "--parallel=ddp", "--rank_timeout=3"), str(root / "hung.log"), 2, hang) as job:

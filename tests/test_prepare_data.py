@@ -666,7 +666,7 @@ def start(tmp_path, source):
 def test_ctrl_c_and_kill(tmp_path):
     """Ctrl-C leaves nothing; after kill -9 the same command makes the corpus."""
     source = tmp_path / "big.txt"
-    source.write_text("<|endoftext|>".join(texts(20_000)))
+    source.write_text("<|endoftext|>".join(texts(20_000) * 3))  # long enough for a signal to find it at work
     process = start(tmp_path, source)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
