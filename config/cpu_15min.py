@@ -1,4 +1,4 @@
-# About fifteen minutes on two CPU cores: 10M parameters, 4.5M active, three million tokens of Python source and prose.
+# About fifteen minutes on two CPU cores: 10M parameters, 4.5M active, 1.6M tokens of Python source and prose.
 #   python prepare_data.py --dataset=python --tokenizer=bpe4096
 #   python train.py config/cpu_15min.py
 data_dir = "data/python_bpe4096"
@@ -17,8 +17,8 @@ moe_intermediate_size = 96
 intermediate_size = 8 * 96
 batch_size = 16
 micro_batch_size = 8
-max_steps = 600
+max_steps = 400
 lr = 2e-3
-warmup_steps = 60
+warmup_steps = 40
 lr_schedule = "cosine"
 eval_interval = 100
