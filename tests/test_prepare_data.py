@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -655,7 +656,10 @@ def test_room_is_looked_at_first(tmp_path, monkeypatch):
 def start(tmp_path, source):
     command = [sys.executable, "prepare_data.py", f"--dataset={source}", "--tokenizer=bytes",
                f"--data_root={tmp_path / 'data'}"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # a shell's background job ignores Ctrl-C, and would hand that down
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               preexec_fn=heed)
     shard, deadline = tmp_path / "data" / "big_bytes.tmp" / "train_000000.bin", time.time() + 20
     while time.time() < deadline and process.poll() is None and not shard.exists():
         time.sleep(0.005)
