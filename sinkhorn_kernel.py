@@ -353,6 +353,7 @@ def streams_backward_kernel(
     start = tl.program_id(0).to(tl.int64) * BT
     row = tl.arange(0, BT)
     live = start + row < T
+    dtype = x_ptr.dtype.element_ty
     x_ptr += start * n * C
     d_x_ptr += start * n * C
     H_post, H_res, H_pre, d_H_post, d_H_res = (), (), (), (), ()
@@ -396,16 +397,19 @@ def streams_backward_kernel(
             if HAS_NEXT:
                 at_phi = (i * C + c)[:, None] * M + m[None, :]
                 phi = tl.load(phi_ptr + at_phi, (c < C)[:, None] & (m < M)[None, :], 0.0)  # (BC, MP)
+                x_next = x[i]
+                if HAS_Y:
+                    x_next = mix(i, x, y, H_post, H_res, n).to(dtype).to(tl.float32)
                 d = tl.trans(tl.dot(phi, d_proj_T, input_precision=PRECISION))
+                d += H_pre[i][:, None] * d_x_in + d_square[:, None] * x_next
+                d = d.to(dtype).to(tl.float32)
             else:
                 d = tl.zeros((BT, BC), tl.float32)
             if HAS_Y:
+                # The fourth reader is the next boundary. Rounded before this sum and after it, as where recomputation
+                # cuts the depth here and autograd adds the two: cut or not, the bits are the same.
                 d += tl.load(d_x_next_ptr + streams, tile, 0.0).to(tl.float32)
-            if HAS_NEXT:
-                x_next = x[i]
-                if HAS_Y:
-                    x_next = mix(i, x, y, H_post, H_res, n).to(x_ptr.dtype.element_ty).to(tl.float32)
-                d += H_pre[i][:, None] * d_x_in + d_square[:, None] * x_next
+                d = d.to(dtype).to(tl.float32)
             if HAS_Y:
                 # x_next[i] = sum_j H_res[i, j] x[j] + H_post[i] y
                 d_y += H_post[i][:, None] * d

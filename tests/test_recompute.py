@@ -66,16 +66,18 @@ def test_losses_gradients_and_counts_are_bit_equal(residual, impl, autocast):
     assert same(step(model, autocast), wanted)
 
 
-def test_the_fused_operator_is_replayed():
-    """Triton's kernels, interpreted. They add a boundary's gradients in another order than its two halves do, so the
-    run to equal is the one whose depth is cut in the same places."""
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_the_fused_operator_is_replayed(autocast):
+    """Triton's kernels, interpreted: a boundary in one operation and in two halves have the same bits."""
     pytest.importorskip("triton")
+    from kernel_report import hardware_arithmetic
+
     model = make(n_layer=2, impl="triton", seq_len=4, n_embd=16, sinkhorn_iters=2)
-    recompute.apply(model, "none", 3)
-    wanted = step(model)
-    for mode in ("mhc", "full"):
-        recompute.apply(model, mode, 3)
-        assert same(step(model), wanted), mode
+    with hardware_arithmetic():
+        wanted = step(model, autocast)
+        for mode, block in (("mhc", 3), ("mhc", 1), ("full", 3)):
+            recompute.apply(model, mode, block)
+            assert same(step(model, autocast), wanted), (mode, block)
 
 
 def test_compiled_sublayers_are_replayed():
