@@ -152,14 +152,14 @@ class Ranks:
 
     def synchronise(self, net, last, every=False):
         """Called before each micro-batch's forward. Gradients are exchanged with the last micro-batch alone; until
-        then each process adds up its own, whole. With `every`, FSDP reduces them into shards each time instead: that
-        moves more and keeps only shards, and under HSDP the copies still meet in the last one alone."""
+        then each process adds up its own, whole. With `every` they are exchanged each time: that moves more, and FSDP
+        then keeps only shards; under HSDP the copies still meet in the last one alone."""
         if self.parallel == "fsdp":
             net.set_requires_gradient_sync(last or every)
             net.set_requires_all_reduce(last)
             net.set_is_last_backward(last)
         elif isinstance(net, DistributedDataParallel):
-            net.require_backward_grad_sync = last
+            net.require_backward_grad_sync = last or every
 
     def share(self, ids, micro_batch_size):
         """This process's part of a batch's sequence numbers: (batch_size,) -> (micro-batches, micro_batch_size).

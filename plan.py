@@ -134,7 +134,8 @@ def communication(model, s, world):
     micro_batches = s["batch_size"] // (s["micro_batch_size"] * world)
     P = sum(p.numel() for p in model.parameters())
     if s["parallel"] == "ddp":
-        return {"all-reduce of gradients": int(2 * (world - 1) / world * 4 * P)}
+        times = micro_batches if s["reduce_always"] else 1
+        return {"all-reduce of gradients": int(2 * (world - 1) / world * 4 * P * times)}
     if s["parallel"] == "none":
         return {}
     S = s["shard_size"] or world

@@ -90,7 +90,7 @@ bias_update_speed = 0.001  # gamma: how far an expert's selection bias moves in 
 # -- many processes, and memory: see parallel.py and recompute.py -----------------------------------------------------
 parallel = "none"  # 'ddp' | 'fsdp': started by torchrun
 shard_size = 0  # fsdp: processes that share one copy of the weights; 0: all. As a rule those of one node
-reduce_always = False  # fsdp: reduce gradients after every micro-batch, and keep only shards of them
+reduce_always = False  # reduce gradients after every micro-batch, not the last alone: fsdp then keeps only shards
 rank_timeout = 600.0  # seconds after which a process that does not answer ends the run
 recompute = "none"  # 'mhc': replay the mappings in the backward (Table 3) | 'full': the sublayers too
 recompute_block = -1  # sublayers between two kept x; -1: L_r* of Eq 20
@@ -506,7 +506,7 @@ def train(settings, train_data, val_data, ranks):
     net, optimizer = ranks.wrap(model), make_optimizer(model)
     first, state = begin(folder, model, optimizer, changed, origin)
     records, profiler, stop = Log(settings, ranks.is_main), start_profiler(ranks.is_main), checkpoint.Stop(ranks.device)
-    how = f"mhc_step {resolve_impl(impl, ranks.device)}" if residual == "mhc" else f"residual {residual}"
+    how = f"mhc_step {resolve_impl(impl, ranks.device, n_streams)}" if residual == "mhc" else f"residual {residual}"
     print(f"{ranks.device.type}, {dtype}, {how}, {model.num_params()['total']:,} parameters -> {out_dir}")
     flops_share = mfu_per_token_rate(model, ranks)
 
