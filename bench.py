@@ -395,7 +395,12 @@ def gpu():
     raise SystemExit(kernel_report.main("gpu"))
 
 
-COMMANDS = {f.__name__: f for f in (cpu, memory, generate, kernels, traffic, gpu)} | {"eval": evaluation}
+def retune():
+    """Block sizes of the Triton kernels, tried and timed for the table in sinkhorn_kernel.py; needs a GPU."""
+    raise SystemExit(kernel_report.main("retune"))
+
+
+COMMANDS = {f.__name__: f for f in (cpu, memory, generate, kernels, traffic, gpu, retune)} | {"eval": evaluation}
 SETTINGS = {  # what each reads; the others read none
     "cpu": ("widths", "tokens", "seq_len", "impls", "rounds", "threads", "profile", "seed"),
     "eval": ("questions", "shot_tokens", "question_tokens", "choice_tokens", "rounds", "threads", "seed"),

@@ -3,12 +3,14 @@
     python kernel_report.py traffic [C n tokens]     # Triton's interpreter, every load and store counted; bf16
     python kernel_report.py compile [C n]            # ahead of time, for three NVIDIA chips and one of AMD; bf16
     python kernel_report.py gpu [C n tokens]         # times; needs a GPU
+    python kernel_report.py retune [C n tokens]      # the fastest block sizes; needs a GPU, and some minutes
 
-`python bench.py traffic`, `kernels` and `gpu` print the same. `hardware_arithmetic` is for whoever runs the kernels in
-Triton's interpreter: its numbers mean little without.
+`python bench.py traffic`, `kernels`, `gpu` and `retune` print the same. `hardware_arithmetic` is for whoever runs the
+kernels in Triton's interpreter: its numbers mean little without.
 """
 
 import contextlib
+import itertools
 import os
 import re
 import subprocess
@@ -342,10 +344,14 @@ def print_compile(C=2560, n=4):
 UNITS = {"mhc_step_kernel": 15, "maps_backward_kernel": 5, "phi_backward_kernel": 4, "streams_backward_kernel": 15}
 
 
+def need_gpu():
+    if not torch.cuda.is_available():
+        sys.exit("error: timing kernels needs a GPU and PyTorch sees none here; `traffic` and `kernels` need none")
+
+
 def print_gpu(C=2560, n=4, T=16384):
     """Times on a GPU: a copy; each kernel with the bandwidth of the streams it asks for; forward + backward by impl."""
-    if not torch.cuda.is_available():
-        sys.exit("timing kernels needs a GPU and PyTorch sees none here; `traffic` and `compile` need none")
+    need_gpu()
     from triton.testing import do_bench
 
     import sinkhorn_kernel as sk
@@ -374,8 +380,60 @@ def print_gpu(C=2560, n=4, T=16384):
         print(f"{name:16} forward {forward:8.3f} ms, forward + backward {both:8.3f} ms")
 
 
+def candidates(row):
+    """Rows of sinkhorn_kernel.BLOCKS to try beside one: its tile halved, kept and doubled, 4 or 8 warps, 1-3 stages."""
+    (BT, BC, *_), halves = row, (0.5, 1, 2)
+    tiles = itertools.product([max(16, int(BT * f)) for f in halves], [max(16, int(BC * f)) for f in halves])
+    return dict.fromkeys((*tile, *options) for tile in tiles for options in itertools.product((4, 8), (1, 2, 3)))
+
+
+def retune(tensors, bench):
+    """Try every candidate for every kernel of a boundary, one kernel after the other, the best so far in the others'
+    place. -> {kernel: {row: ms of forward and backward}}. bench(function) -> ms."""
+    from triton.runtime.errors import OutOfResources
+
+    import sinkhorn_kernel as sk
+
+    given, chosen, times = sk.blocks, {}, {}
+
+    def blocks(kernel, *args):
+        BT, BC, options = given(kernel, *args)
+        if kernel not in chosen:
+            return BT, BC, options
+        BT, BC, warps, stages = chosen[kernel]
+        return BT, BC, {"num_warps": warps, "num_stages": stages}
+
+    x = tensors[0]
+    sk.blocks = blocks
+    try:
+        for kernel in ("step", "maps", "phi", "streams"):
+            BT, BC, options = given(kernel, x.shape[-2], x.shape[-1])
+            now, times[kernel] = (BT, BC, options["num_warps"], options["num_stages"]), {}
+            for row in dict.fromkeys([now, *candidates(now)]):
+                chosen[kernel] = row
+                try:
+                    times[kernel][row] = bench(lambda: run_boundary(tensors))
+                except OutOfResources as e:
+                    print(f"  {kernel} {row}: {e}")
+            chosen[kernel] = min(times[kernel], key=times[kernel].get)
+    finally:
+        sk.blocks = given
+    return times
+
+
+def print_retune(C=2560, n=4, T=16384):
+    """The fastest rows of the block table for this GPU, to be put into sinkhorn_kernel.py by hand."""
+    need_gpu()
+    from triton.testing import do_bench
+
+    print(f"{torch.cuda.get_device_name()}: n = {n}, C = {C}, {T} tokens, bf16; ms of a boundary, forward and backward")
+    for kernel, times in retune(example(C, n, T, device="cuda"), do_bench).items():
+        now, best = next(iter(times)), min(times, key=times.get)
+        print(f'"{kernel}": {best},  # {times[best]:.3f}; {now}, as it is: {times[now]:.3f}; {len(times)} tried')
+
+
 def main(what="compile", *numbers):
-    """Run `traffic` (in the interpreter), or `compile` or `gpu` (without it), in a process of its own."""
+    """Run `traffic` (in the interpreter), or `compile`, `gpu` or `retune` (without it), in a process of its own."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"TRITON_INTERPRET": "1"} if what == "traffic" else {}
     command = [sys.executable, __file__, what, *map(str, numbers)]
@@ -384,7 +442,7 @@ def main(what="compile", *numbers):
 
 if __name__ == "__main__":
     what, *numbers = sys.argv[1:] or ["help"]
-    prints = {"traffic": print_traffic, "compile": print_compile, "gpu": print_gpu}
+    prints = {"traffic": print_traffic, "compile": print_compile, "gpu": print_gpu, "retune": print_retune}
     if what not in prints:
         sys.exit(__doc__)
     if "KERNEL_REPORT_CHILD" not in os.environ:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sinkhorn_kernel
-from kernel_report import Traffic, total, traffic
+from kernel_report import Traffic, example, retune, total, traffic
 from tests.kernel_cases import needs_triton
 
 pytestmark = needs_triton
@@ -33,6 +33,26 @@ def test_a_boundary_moves_what_the_essay_says():
     assert total(forward, "streams") == pytest.approx((15, 10))
     assert total(backward, "streams") == pytest.approx((24, 24))
     assert total(forward, "phi")[0] <= 4 and total(backward, "phi")[0] <= 14
+
+
+def test_retuning_finds_the_fastest_rows(capsys):
+    """With times that only pretend: 'phi' is fastest in the tile it has, the others in another one."""
+    wanted, ran = {"step": (32, 16), "maps": (32, 128), "streams": (16, 32), "phi": (32, 64)}, []
+
+    def bench(boundary):
+        seen = {kernel: sinkhorn_kernel.blocks(kernel, 1, 16)[:2] for kernel in wanted}
+        if not ran:
+            boundary()
+        ran.append(seen)
+        if seen["step"][0] == 128:
+            raise triton.runtime.errors.OutOfResources(300, 227, "shared memory")
+        return sum(seen[kernel] != wanted[kernel] for kernel in wanted)
+
+    blocks = sinkhorn_kernel.blocks
+    times = retune(example(C=64, n=1, T=8), bench)
+    assert {kernel: min(rows, key=rows.get)[:2] for kernel, rows in times.items()} == wanted
+    assert next(iter(times["step"]))[:2] == (64, 32) and "out of resource" in capsys.readouterr().out
+    assert sinkhorn_kernel.blocks is blocks
 
 
 def test_the_counter_counts():
