@@ -56,6 +56,7 @@ CASES = [  # form, tokens, n, C, dtype, std of the logits
     ("middle", 17, 4, 301, BF16, 3),  # five channel tiles, the last of 45, so two shares of the sums over channels
     ("first", 17, 2, 77, FP32, 6),
     ("last", 17, 8, 77, FP32, 1),
+    *[("middle", 17, n, 77, dtype, 80) for n, dtype in ((1, FP32), (2, FP16), (8, BF16), (8, FP32))],
 ]
 
 
