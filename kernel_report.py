@@ -181,11 +181,15 @@ class Traffic(TorchDispatchMode):
         raise RuntimeError(f"{self.kernel}: an atomic operation")
 
 
-def example(C, n, T, dtype=torch.bfloat16, device="cpu"):
-    """mhc_step's seven tensors for T tokens, random (or without memory, on the device 'meta')."""
+def example(C, n, T, dtype=torch.bfloat16, device="cpu", form="middle"):
+    """mhc_step's seven tensors for T tokens, random (or without memory, on the device 'meta'); None where the form,
+    'first', 'middle' or 'last', has none."""
     M, randn = n * n + 2 * n, lambda *shape: torch.randn(*shape, device=device)
     maps = randn(T, n).sigmoid(), randn(T, n, n).softmax(-1)
-    return randn(T, n, C).to(dtype), randn(T, C).to(dtype), *maps, randn(n * C, M) / (n * C) ** 0.5, randn(3), randn(M)
+    before = randn(T, C).to(dtype), *maps
+    after = randn(n * C, M) / (n * C) ** 0.5, randn(3), randn(M)
+    before, after = (None,) * 3 if form == "first" else before, (None,) * 3 if form == "last" else after
+    return randn(T, n, C).to(dtype), *before, *after
 
 
 def run_boundary(tensors, forward=None, backward=None):
@@ -195,7 +199,8 @@ def run_boundary(tensors, forward=None, backward=None):
     with forward or contextlib.nullcontext():
         outs = sk.step_op._init_fn(*tensors, 20, 1e-20)
     with backward or contextlib.nullcontext():
-        sk.step_backward_op._init_fn(*outs[:4], *tensors[:4], outs[0], *tensors[4:], *outs[4:], 20)
+        x_next = tensors[0] if tensors[1] is None else outs[0]
+        sk.step_backward_op._init_fn(*outs[:4], *tensors[:4], x_next, *tensors[4:], *outs[4:], 20)
 
 
 def traffic(C=2560, n=4, T=1024):
@@ -236,7 +241,7 @@ SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "g
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
-def launches(C, n, T=4096, dtype=torch.bfloat16, maker="nvidia"):
+def launches(C, n, T=4096, dtype=torch.bfloat16, maker="nvidia", form="middle"):
     """What a boundary launches: (kernel, arguments by name, options, grid), without launching."""
     import triton
 
@@ -251,7 +256,7 @@ def launches(C, n, T=4096, dtype=torch.bfloat16, maker="nvidia"):
 
     triton.JITFunction.run, sk.MAKER = record, maker
     try:
-        run_boundary(example(C, n, T, dtype, "meta"))
+        run_boundary(example(C, n, T, dtype, "meta", form))
     finally:
         triton.JITFunction.run, sk.MAKER = run, made_by
     return found
@@ -310,13 +315,13 @@ def amd_resources(compiled):
     return registers, scratch, asm, "v_mfma", "atomic"
 
 
-def compile_report(C=2560, n=4, targets=tuple(TARGETS), dtype=torch.bfloat16):
+def compile_report(C=2560, n=4, targets=tuple(TARGETS), dtype=torch.bfloat16, form="middle"):
     """One dict a kernel and target: registers, spilled bytes a thread, shared memory, tensor-core instructions,
     atomics, bits of a tile access, and, for 4096 tokens, programs and (on an H100) how many of them run at once."""
     rows = []
     for target in targets:
         maker = "amd" if target.startswith("gfx") else "nvidia"
-        for kernel, named, options, grid in launches(C, n, 4096, dtype, maker):
+        for kernel, named, options, grid in launches(C, n, 4096, dtype, maker, form):
             compiled = compile_ahead(kernel, named, options, target)
             registers, spilled, asm, mma, atomic = (amd_resources if maker == "amd" else nvidia_resources)(compiled)
             threads, programs = 32 * options["num_warps"], int(np.prod(grid))

@@ -44,7 +44,7 @@ both on tensor cores; the gradient through phi to a bf16 x is tf32. DOTS = 'ieee
 
 What it trades. Compile-time switches (HAS_Y, HAS_NEXT) instead of three operations; registers (one program to an SM)
 for bytes. The forward has one program a 64 tokens, so 4096 tokens fill half of an H100's 132 processors and 8192 all;
-smaller programs would read phi more often. With x in fp32, or n = 8, it is right but may spill. What compilers make of
+smaller programs would read phi more often. With n = 8 it is right but spills. What compilers make of
 it is guarded by tests/test_kernel_compile.py; where the order of lines matters to them, a comment says so.
 """
 
@@ -483,14 +483,16 @@ def sinkhorn_backward_kernel(
 # ----------------------------------------------------------------------------------------------------------------------
 # Launches.
 
-# Tokens, channels, warps and pipeline stages of one program, by maker and kernel; n = 8 has rows of its own. Chosen by
-# compiling, not by timing: the largest tiles that spill nothing for bf16 x. phi costs 192/BT units a pass, so BT is as
-# large as registers allow; 64 bytes a row (BC = 32) are two full sectors. AMD's warps are twice as wide (8 channels a
-# thread, one 128-bit access, take tiles twice as large) and share 64 KB a workgroup, hence fewer stages. `maps` has no
-# product, so nothing to pipeline for. Widths smaller than a tile shrink it (blocks).
+# Tokens, channels, warps and pipeline stages of one program, by maker and kernel, for bf16 x; the tables after it
+# replace rows. Chosen by compiling, not by timing: the largest tiles that spill nothing. phi costs 192/BT units a
+# pass, so BT is as large as registers allow; 64 bytes a row (BC = 32) are two full sectors. AMD's warps are twice as
+# wide (8 channels a thread, one 128-bit access, take tiles twice as large) and share 64 KB a workgroup, hence fewer
+# stages. `maps` has no product, so nothing to pipeline for. "first": `step` in its first form, where a third stage
+# spills 16 bytes on sm_100. Widths smaller than a tile shrink it (blocks).
 BLOCKS = {
     "nvidia": {
         "step": (64, 32, 8, 3),
+        "first": (64, 32, 8, 2),
         "maps": (16, 64, 4, 1),
         "streams": (32, 64, 8, 3),
         "phi": (32, 256, 8, 3),
@@ -499,6 +501,7 @@ BLOCKS = {
     },
     "amd": {
         "step": (64, 32, 4, 2),
+        "first": (64, 32, 4, 2),
         "maps": (16, 128, 4, 1),
         "streams": (32, 64, 4, 2),
         "phi": (32, 256, 8, 2),
@@ -506,16 +509,29 @@ BLOCKS = {
         "sinkhorn_backward": (16, 1, 4, 1),
     },
 }
-BLOCKS_8_STREAMS = {"step": (32, 16, 8, 1), "streams": (16, 32, 8, 1), "phi": (32, 128, 8, 2)}
+# tf32x3 products hold two parts of each operand: half the tile. Warps so that a thread still moves 128 bits. (In the last
+# form, which has no product, `streams` spills 8 bytes on sm_100.)
+BLOCKS_BY_DTYPE = {
+    ("nvidia", torch.float16): {"step": (64, 16, 4, 3), "first": (64, 16, 4, 3), "streams": (16, 64, 4, 3)},
+    ("nvidia", torch.float32): {"step": (64, 16, 8, 3), "first": (64, 16, 8, 3), "streams": (16, 64, 8, 3)},
+    ("amd", torch.float32): {"streams": (16, 64, 4, 2)},
+}
+# Of any dtype. 80 map entries and 72 sums a token fill most registers before the first tile: `streams` spills whatever
+# the tile, `step` 40 bytes on sm_100; their tiles move 16 to 64 bits at a time (figures: tests/test_kernel_compile.py).
+BLOCKS_8_STREAMS = {
+    "nvidia": {"step": (32, 16, 8, 1), "first": (32, 16, 8, 1), "streams": (32, 16, 8, 1), "phi": (32, 64, 8, 2)},
+    "amd": {"step": (32, 32, 4, 1), "first": (32, 32, 4, 1), "streams": (16, 16, 4, 1), "phi": (32, 128, 8, 2)},
+}
 CHANNEL_SHARES = 4  # programs that split the channels in `streams`; each writes its share of d_H_post and d_H_res
 TOKEN_SHARES = 8  # at most so many programs split the tokens in `phi`, 256 or more each; each writes its share of d_phi
 DOTS = "auto"  # or 'ieee': products in plain fp32, without tensor cores on NVIDIA
 MAKER = "amd" if torch.version.hip else "nvidia"
 
 
-def blocks(kernel, n, C):
+def blocks(kernel, n, C, dtype=torch.bfloat16):
     """Tokens, channels, and the launch options of one program."""
-    BT, BC, warps, stages = (BLOCKS_8_STREAMS if n == 8 else {}).get(kernel, BLOCKS[MAKER][kernel])
+    rows = BLOCKS[MAKER] | (BLOCKS_8_STREAMS[MAKER] if n == 8 else BLOCKS_BY_DTYPE.get((MAKER, dtype), {}))
+    BT, BC, warps, stages = rows[kernel]
     return BT, max(16, min(BC, triton.next_power_of_2(C))), {"num_warps": warps, "num_stages": stages}
 
 
@@ -543,7 +559,7 @@ def step_op(
     outs = step_shapes(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps)
     (n, C), T = x.shape[-2:], _tokens(x)
     if T:
-        BT, BC, options = blocks("step", n, C)
+        BT, BC, options = blocks("first" if y is None else "step", n, C, x.dtype)
         ins = [None if t is None else t.contiguous() for t in (x, y, H_post, H_res, phi, alpha, b)]
         mhc_step_kernel[(triton.cdiv(T, BT),)](
             *ins, *outs, T, C, eps, n=n, ITERS=sinkhorn_iters, HAS_Y=y is not None, HAS_NEXT=phi is not None,
@@ -585,7 +601,7 @@ def step_backward_op(
         maps = (d_H_post_next, d_H_res_next, proj, r, alpha, b)
         H_pre, d_proj, d_square, d_alpha, d_b = maps_backward(x_next, d_x_in, *maps, sinkhorn_iters)
         d_phi = phi_backward(x_next, d_proj)
-    BT, BC, options = blocks("streams", n, C)
+    BT, BC, options = blocks("streams", n, C, x.dtype)
     shares = min(CHANNEL_SHARES, triton.cdiv(C, BC))
     d_H_post, d_H_res = (t.new_empty(shares, *t.shape) for t in (d_H_post, d_H_res))
     streams_backward_kernel[(triton.cdiv(T, BT), shares)](
@@ -599,7 +615,7 @@ def step_backward_op(
 def maps_backward(x_next, d_x_in, d_H_post, d_H_res, proj, r, alpha, b, sinkhorn_iters):
     """-> H_pre again, the gradients of proj and (as a factor on x_next) of the norm; those of alpha and b."""
     (n, C), T, M = x_next.shape[-2:], _tokens(x_next), proj.shape[-1]
-    BT, BC, options = blocks("maps", n, C)
+    BT, BC, options = blocks("maps", n, C, x_next.dtype)
     programs = triton.cdiv(T, BT)
     H_pre, d_proj, d_square = r.new_empty(T, n), r.new_empty(T, M), r.new_empty(T)
     shares = r.new_empty(programs, 2, M)
@@ -614,7 +630,7 @@ def maps_backward(x_next, d_x_in, d_H_post, d_H_res, proj, r, alpha, b, sinkhorn
 def phi_backward(x_next, d_proj):
     """d_phi (nC, n^2+2n) = vec(x_next)^T d_proj, as shares over tokens, summed in order."""
     (n, C), T, M = x_next.shape[-2:], _tokens(x_next), d_proj.shape[-1]
-    BT, BK, options = blocks("phi", n, n * C)
+    BT, BK, options = blocks("phi", n, n * C, x_next.dtype)
     shares = min(TOKEN_SHARES, triton.cdiv(T, 256))
     d_phi = d_proj.new_empty(shares, n * C, M)
     phi_backward_kernel[(triton.cdiv(n * C, BK), shares)](

@@ -14,37 +14,66 @@ from tests.kernel_cases import needs_triton
 pytestmark = needs_triton
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 WIDTHS = (1280, 1920, 2560)
+BF16 = [(C, 4, "bfloat16", "middle", TARGETS) for C in WIDTHS]
+FORMS = [(2560, n, "bfloat16", form, TARGETS) for n in (4, 2) for form in ("first", "last")]
+FEWER_STREAMS = [(2560, n, "bfloat16", "middle", TARGETS) for n in (2, 1)]
+DTYPES = [(2560, 4, dtype, "middle", TARGETS) for dtype in ("float16", "float32")]
+EIGHT_STREAMS = [(2560, 8, "bfloat16", "middle", ("sm_90", "gfx942"))]  # two targets: they take the longest
+CASES = BF16 + FORMS + FEWER_STREAMS + DTYPES + EIGHT_STREAMS
+# With 8 streams `streams` spills whatever its tile: 64 sums for d_H_res and 64 entries of H_res a token, in registers.
+SPILLED_8 = {("streams_backward_kernel", "sm_90"): 88, ("streams_backward_kernel", "gfx942"): 68}
 
 
 @pytest.fixture(scope="module")
 def reports():
-    """{target: rows for all widths}. A process of its own: here the kernels may belong to the interpreter."""
-    code = "import json, kernel_report as k\n"
-    code += f"rows = [dict(row, C=C) for C in {WIDTHS} for row in k.compile_report(C)]\nprint(json.dumps(rows))"
+    """Rows of all cases. A process of its own: here the kernels may belong to the interpreter."""
+    code = "import json, torch, kernel_report as k\nrows = []\n"
+    code += f"for C, n, dtype, form, targets in {CASES}:\n"
+    code += "    for row in k.compile_report(C, n, targets, getattr(torch, dtype), form):\n"
+    code += "        rows.append(dict(row, C=C, n=n, dtype=dtype, form=form))\nprint(json.dumps(rows))"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=root)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = json.loads(done.stdout.splitlines()[-1])
-    assert len(rows) == 4 * len(TARGETS) * len(WIDTHS)
-    return {target: [row for row in rows if row["target"] == target] for target in TARGETS}
+    assert len(rows) == sum((2 if form == "last" else 4) * len(targets) for *_, form, targets in CASES)
+    return rows
+
+
+def check(row, spilled=0):
+    """What holds for every kernel, of any case."""
+    print(row)
+    assert row["spilled"] <= spilled, f"spills: {row}"
+    assert row["atomics"] == 0, f"atomics: {row}"
+    assert row["shared"] <= SHARED_MEMORY[row["target"]], f"too much shared memory: {row}"
+    if row["kernel"] != "maps_backward_kernel" and row["form"] != "last":  # these have no matrix product
+        assert row["tensor"] > 0, f"no tensor cores: {row}"
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiled_kernels(reports, target):
-    for row in reports[target]:
-        where = f"{row['kernel']} for {target} at C = {row['C']}: {row}"
-        print(where)
-        assert row["spilled"] == 0, f"spills: {where}"
-        assert row["atomics"] == 0, f"atomics: {where}"
-        assert row["tile_bits"] == 128, f"narrow tile accesses: {where}"
-        assert row["shared"] <= SHARED_MEMORY[target], f"too much shared memory: {where}"
-        if row["kernel"] != "maps_backward_kernel":  # the only one without a matrix product
-            assert row["tensor"] > 0, f"no tensor cores: {where}"
+    """Up to 4 streams, all dtypes, all forms: nothing spilled, and tiles in the widest accesses there are."""
+    rows = [row for row in reports if row["n"] <= 4 and row["target"] == target]
+    assert {(row["form"], row["dtype"]) for row in rows} >= {("first", "bfloat16"), ("middle", "float32")}
+    for row in rows:
+        check(row)
+        assert row["tile_bits"] == (None if row["dtype"] == "float32" else 128), f"narrow tile accesses: {row}"
+
+
+@pytest.mark.parametrize("target", EIGHT_STREAMS[0][-1])
+def test_eight_streams(reports, target):
+    """No kernel but `streams` spills, and that not more than it did; `step` and it move 32 bits, 16 or 64 on AMD."""
+    rows = [row for row in reports if row["n"] == 8 and row["target"] == target]
+    narrow = {"sm_90": {"mhc_step_kernel": 32, "streams_backward_kernel": 32}}
+    narrow["gfx942"] = {"mhc_step_kernel": 64, "streams_backward_kernel": 16}
+    for row in rows:
+        check(row, SPILLED_8.get((row["kernel"], target), 0))
+        assert row["tile_bits"] == narrow[target].get(row["kernel"], 128), f"tile accesses: {row}"
 
 
 def test_enough_programs(reports):
     """Programs in flight on an H100 at 4096 tokens: what there is, pinned, so that a change of blocks is seen."""
-    in_flight = {row["kernel"]: row["in_flight"] for row in reports["sm_90"] if row["C"] == 2560}
+    case = {"target": "sm_90", "C": 2560, "n": 4, "dtype": "bfloat16", "form": "middle"}
+    in_flight = {row["kernel"]: row["in_flight"] for row in reports if case.items() <= row.items()}
     assert in_flight["mhc_step_kernel"] >= 64  # one program a 64 tokens: half of the chip's 132 processors
     assert min(n for kernel, n in in_flight.items() if kernel != "mhc_step_kernel") >= 132
