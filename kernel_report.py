@@ -10,6 +10,7 @@ kernels in Triton's interpreter: its numbers mean little without.
 """
 
 import contextlib
+import importlib.util
 import itertools
 import os
 import re
@@ -79,12 +80,15 @@ def hardware_arithmetic():
 # Traffic.
 
 STREAMS = {"x", "y", "x_next", "x_in", "d_x", "d_y", "d_x_next", "d_x_in"}
-SHARED = {"phi", "d_phi", "d_alpha_b"}  # not per token, or shares of sums
+STREAMS |= {"f", "out", "grad_x", "grad_f", "grad_out"}  # Liger's names
+SHARED = {"phi", "d_phi", "d_alpha_b", "grad_phi"}  # not per token, or shares of sums
 
 
 def group(kernel, name):
     if kernel == "streams_backward_kernel" and name in ("d_H_post", "d_H_res"):
         return "phi"  # shares of the sums over channels
+    if "sinkhorn" in kernel:
+        return "maps"
     return "streams" if name in STREAMS else "phi" if name in SHARED else "maps"
 
 
@@ -93,11 +97,13 @@ class Traffic(TorchDispatchMode):
 
     self.asked and self.distinct: bytes by (kernel, group), of unmasked lanes; distinct counts a byte once a launch for
     reading and once for writing. Raises RuntimeError for an access outside every argument, for two programs of a launch
-    that write one element, for a read of what the same launch wrote, and for any atomic.
+    that write one element, for a read of what the same launch wrote, and for any atomic unless `atomics`, when each
+    counts once. PyTorch operations count as streams if a tensor in them has rows of C, or of several times C, elements.
     """
 
-    def __init__(self):
+    def __init__(self, C=None, atomics=False):
         super().__init__()
+        self.C, self.atomics = C, atomics
         self.asked, self.distinct = defaultdict(int), defaultdict(int)
         self.kernel = None  # while one runs, its name
 
@@ -108,7 +114,7 @@ class Traffic(TorchDispatchMode):
             (InterpreterBuilder, "create_masked_load", self.load),
             (InterpreterBuilder, "create_masked_store", self.store),
             (InterpreterBuilder, "create_atomic_rmw", self.atomic),
-            (InterpreterBuilder, "create_atomic_cas", self.atomic),
+            (InterpreterBuilder, "create_atomic_cas", self.refuse),
             (GridExecutor, "__call__", self.launch),
         ]
         self.patched = [(where, name, getattr(where, name), hook) for where, name, hook in self.patched]
@@ -129,12 +135,13 @@ class Traffic(TorchDispatchMode):
         if self.kernel is None and not func.is_view and "empty" not in func.name():
             tensors = [t for t in torch.utils._pytree.tree_leaves((args, out)) if isinstance(t, torch.Tensor)]
             moved = sum(t.numel() * t.itemsize for t in tensors)
-            self.asked["PyTorch sums", "phi"] += moved
-            self.distinct["PyTorch sums", "phi"] += moved
+            wide = self.C and any(t.ndim and t.shape[-1] and t.shape[-1] % self.C == 0 for t in tensors)
+            self.asked["PyTorch operations", "streams" if wide else "phi"] += moved
+            self.distinct["PyTorch operations", "streams" if wide else "phi"] += moved
         return out
 
     def launch(self, original, executor, *args, **kwargs):
-        names = dict(zip(executor.arg_names, args, strict=False))
+        names = dict(zip(executor.arg_names, args, strict=False)) | kwargs
         tensors = [(name.removesuffix("_ptr"), t) for name, t in names.items() if isinstance(t, torch.Tensor)]
         self.buffers = sorted((t.data_ptr(), t.numel() * t.itemsize, name, t.itemsize) for name, t in tensors)
         self.bases = np.array([base for base, *_ in self.buffers], dtype=np.uint64)
@@ -177,7 +184,14 @@ class Traffic(TorchDispatchMode):
             self.writer[k][elements] = program
         return original(builder, pointers, value, mask, *rest)
 
-    def atomic(self, original, builder, *args):
+    def atomic(self, original, builder, operation, pointers, value, mask, *rest):
+        if not self.atomics:
+            self.refuse()
+        if found := self.find(pointers, mask):
+            self.writer[found[0]][found[1]] = 0
+        return original(builder, operation, pointers, value, mask, *rest)
+
+    def refuse(self, *args):
         raise RuntimeError(f"{self.kernel}: an atomic operation")
 
 
@@ -207,11 +221,43 @@ def traffic(C=2560, n=4, T=1024):
     """[forward, backward]: {(kernel, group): (asked, distinct)} in units of C elements of bf16 a token."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("counting runs in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts")
-    passes = Traffic(), Traffic()
+    passes = Traffic(C), Traffic(C)
     with hardware_arithmetic():
         run_boundary(example(C, n, T), *passes)
-    unit = 2 * C * T
-    return [{key: (p.asked[key] / unit, p.distinct[key] / unit) for key in p.asked} for p in passes]
+    return [in_units(p, 2 * C * T) for p in passes]
+
+
+def in_units(counted, unit):
+    return {key: (counted.asked[key] / unit, counted.distinct[key] / unit) for key in counted.asked}
+
+
+def has_liger():
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+def liger_step(x, y, H_post, H_res, phi, alpha, b):
+    """mhc_step by Liger's kernels (0.8.5): post_res of one sublayer, then the mappings and pre of the next."""
+    from liger_kernel.ops import mhc
+
+    x_next = mhc.LigerMHCPostResFunction.apply(x, y, H_post, H_res)
+    options = (True, 20, 1e-6, 0.0, 1e-6, 2.0)  # fp32 allowed, iterations, the three eps, 2 sigmoid
+    H_pre, H_post, H_res = mhc.LigerMHCCoeffsFunction.apply(x_next, phi, b, *alpha, *options)
+    return x_next, mhc.LigerMHCPreFunction.apply(x_next, H_pre), H_post, H_res
+
+
+def liger_traffic(C=2560, n=4, T=1024):
+    """As `traffic`, of Liger's kernels and the casts and sums around them. phi in bf16, which is its fast path."""
+    passes = Traffic(C, atomics=True), Traffic(C, atomics=True)
+    tensors = list(example(C, n, T))
+    tensors[4] = tensors[4].bfloat16()
+    tensors = [t.requires_grad_() for t in tensors]
+    with hardware_arithmetic():
+        with passes[0]:
+            outs = liger_step(*tensors)
+        ones = [torch.ones_like(out) for out in outs]
+        with passes[1]:
+            torch.autograd.grad(outs, tensors, ones)
+    return [in_units(p, 2 * C * T) for p in passes]
 
 
 def total(counted, *groups):
@@ -221,15 +267,28 @@ def total(counted, *groups):
 
 def print_traffic(C=2560, n=4, T=1024):
     print(f"bytes moved at one boundary, n = {n}, C = {C}, {T} tokens, bf16; unit: {2 * C} bytes a token (counted)")
-    print(f"{'':34}{'streams':>16}{'maps':>16}{'phi, d_phi, sums':>18}\n{'':34}" + "  asked distinct" * 3)
+    print(f"{'':44}{'streams':>16}{'maps':>16}{'phi, d_phi, sums':>18}\n{'':44}" + "  asked distinct" * 3)
     for title, counted in zip(("forward", "backward"), traffic(C, n, T), strict=True):
-        kernels = dict.fromkeys(kernel for kernel, _ in counted)
-        rows = [(k, [counted.get((k, g), (0, 0)) for g in ("streams", "maps", "phi")]) for k in kernels]
-        rows.append(("total", [total(counted, g) for g in ("streams", "maps", "phi")]))
-        for name, cells in rows:
-            print(f"{title + ' ' + name:34}" + "".join(f"{a:7.2f}{d:9.2f}" for a, d in cells))
+        print_pass(title, counted)
     print(f"forward, for comparison: {2 * n + 2} read and written once each; {4 * n + 2} the paper's fused kernels;")
     print(f"    {8 * n + 2} unfused (Table 2, (5n+1) + (3n+1)). Backward: {3 * n + 3} read and written once each.")
+    if not has_liger():
+        print("Liger is not installed (pip install --no-deps liger-kernel): not counted")
+        return
+    print("Liger, the same boundary, phi in bf16; an atomic counts once (its Sinkhorn takes minutes to interpret):")
+    for title, counted in zip(("forward", "backward"), liger_traffic(C, n, T), strict=True):
+        print_pass("Liger " + title, counted)
+
+
+def print_pass(title, counted):
+    kernels = dict.fromkeys(kernel for kernel, _ in counted)
+    rows = [(k, [counted.get((k, g), (0, 0)) for g in ("streams", "maps", "phi")]) for k in kernels]
+    rows.append(("total", [total(counted, g) for g in ("streams", "maps", "phi")]))
+    alone = {key: v for key, v in counted.items() if key[0] != "PyTorch operations"}
+    if len(alone) < len(counted):
+        rows.append(("total of the kernels alone", [total(alone, g) for g in ("streams", "maps", "phi")]))
+    for name, cells in rows:
+        print(f"{title + ' ' + name:44}" + "".join(f"{a:7.2f}{d:9.2f}" for a, d in cells))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -376,8 +435,10 @@ def print_gpu(C=2560, n=4, T=16384):
             ms = event.device_time_total / event.count / 1e3
             print(f"{event.key:26}{ms:8.3f} ms {UNITS[event.key] * unit / ms / 1e6:8.0f} GB/s of streams")
     leaves = [t.requires_grad_() for t in tensors]
-    compiled_twin = torch.compile(sk.mhc_step_ref)
-    for name, step in {"triton": sk.step_op, "twin": sk.mhc_step_ref, "twin compiled": compiled_twin}.items():
+    steps = {"triton": sk.step_op, "twin": sk.mhc_step_ref, "twin compiled": torch.compile(sk.mhc_step_ref)}
+    if has_liger():
+        steps["Liger"] = lambda x, y, H_post, H_res, phi, *rest: liger_step(x, y, H_post, H_res, phi.bfloat16(), *rest[:2])
+    for name, step in steps.items():
         outs = step(*leaves, 20, 1e-20)[:4]
         ones = [torch.ones_like(o) for o in outs]
         forward = do_bench(lambda step=step: step(*leaves, 20, 1e-20))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+import mhc_ref
 import sinkhorn_kernel
-from kernel_report import Traffic, example, retune, total, traffic
+from kernel_report import Traffic, example, hardware_arithmetic, liger_step, liger_traffic, retune, total, traffic
 from tests.kernel_cases import needs_triton
 
 pytestmark = needs_triton
@@ -63,7 +64,27 @@ def test_the_counter_counts():
     assert seen.asked["copy", "streams"] == seen.distinct["copy", "streams"] == 2 * 20 * 4  # masked lanes ask nothing
     with Traffic() as seen:
         y.sum(0)
-    assert seen.asked["PyTorch sums", "phi"] == 33 * 4
+    assert seen.asked["PyTorch operations", "phi"] == 33 * 4
+    with Traffic(C=16) as seen:  # rows of the streams' width
+        x.view(2, 16).bfloat16()
+    assert seen.asked["PyTorch operations", "streams"] == 32 * (4 + 2)
+    with Traffic(atomics=True) as seen:  # for Liger's count; alpha by keyword, as there
+        add[(1,)](x, y_ptr=y)
+    assert seen.asked["add", "streams"] == seen.distinct["add", "streams"] == 2 * 16 * 4
+
+
+def test_liger_boundary_is_the_same_and_moves_more():
+    """The column beside ours: where Liger is installed, that it computes the same boundary, and what it asks for."""
+    pytest.importorskip("liger_kernel")
+    tensors = example(C=64, n=4, T=32, dtype=torch.float32)
+    with hardware_arithmetic():
+        outs = liger_step(*tensors)
+    for got, want in zip(outs, mhc_ref.mhc_step_ref(*tensors), strict=True):
+        assert torch.allclose(got, want, atol=2e-3)  # it multiplies phi in tf32
+    forward, backward = liger_traffic(C=64, n=4, T=32)
+    for counted, asked in ((forward, 23), (backward, 45)):
+        alone = {key: v for key, v in counted.items() if key[0] != "PyTorch operations"}
+        assert total(alone, "streams")[0] == pytest.approx(asked)
 
 
 @pytest.mark.parametrize(
