@@ -235,18 +235,19 @@ def has_liger():
     return importlib.util.find_spec("liger_kernel") is not None
 
 
-def liger_step(x, y, H_post, H_res, phi, alpha, b):
-    """mhc_step by Liger's kernels (0.8.5): post_res of one sublayer, then the mappings and pre of the next."""
+def liger_step(x, y, H_post, H_res, phi, alpha, b, *_):
+    """mhc_step by Liger's kernels (0.8.5): post_res of one sublayer, then the mappings and pre of the next. phi in x's
+    dtype, for its tensor cores; iterations and eps are Liger's own defaults."""
     from liger_kernel.ops import mhc
 
     x_next = mhc.LigerMHCPostResFunction.apply(x, y, H_post, H_res)
     options = (True, 20, 1e-6, 0.0, 1e-6, 2.0)  # fp32 allowed, iterations, the three eps, 2 sigmoid
-    H_pre, H_post, H_res = mhc.LigerMHCCoeffsFunction.apply(x_next, phi, b, *alpha, *options)
+    H_pre, H_post, H_res = mhc.LigerMHCCoeffsFunction.apply(x_next, phi.to(x.dtype), b, *alpha, *options)
     return x_next, mhc.LigerMHCPreFunction.apply(x_next, H_pre), H_post, H_res
 
 
 def liger_traffic(C=2560, n=4, T=1024):
-    """As `traffic`, of Liger's kernels and the casts and sums around them. phi in bf16, which is its fast path."""
+    """As `traffic`, of Liger's kernels and the casts and sums around them; phi already in bf16."""
     passes = Traffic(C, atomics=True), Traffic(C, atomics=True)
     tensors = list(example(C, n, T))
     tensors[4] = tensors[4].bfloat16()
@@ -437,7 +438,7 @@ def print_gpu(C=2560, n=4, T=16384):
     leaves = [t.requires_grad_() for t in tensors]
     steps = {"triton": sk.step_op, "twin": sk.mhc_step_ref, "twin compiled": torch.compile(sk.mhc_step_ref)}
     if has_liger():
-        steps["Liger"] = lambda x, y, H_post, H_res, phi, *rest: liger_step(x, y, H_post, H_res, phi.bfloat16(), *rest[:2])
+        steps["Liger"] = liger_step
     for name, step in steps.items():
         outs = step(*leaves, 20, 1e-20)[:4]
         ones = [torch.ones_like(o) for o in outs]
