@@ -5,7 +5,7 @@ import torch
 
 import mhc_ref
 import sinkhorn_kernel
-from kernel_report import Traffic, example, hardware_arithmetic, liger_step, liger_traffic, retune, total, traffic
+from kernel_report import Traffic, example, liger_step, liger_traffic, retune, total, traffic
 from tests.kernel_cases import needs_triton
 
 pytestmark = needs_triton
@@ -76,11 +76,11 @@ def test_the_counter_counts():
 def test_liger_boundary_is_the_same_and_moves_more():
     """The column beside ours: where Liger is installed, that it computes the same boundary, and what it asks for."""
     pytest.importorskip("liger_kernel")
+    torch.manual_seed(0)
     tensors = example(C=64, n=4, T=32, dtype=torch.float32)
-    with hardware_arithmetic():
-        outs = liger_step(*tensors)
+    outs = liger_step(*tensors)  # it multiplies phi in tf32, which Triton's interpreter alone computes exactly
     for got, want in zip(outs, mhc_ref.mhc_step_ref(*tensors), strict=True):
-        assert torch.allclose(got, want, atol=2e-3)  # it multiplies phi in tf32
+        assert torch.allclose(got, want, atol=1e-4)
     forward, backward = liger_traffic(C=64, n=4, T=32)
     for counted, asked in ((forward, 23), (backward, 45)):
         alone = {key: v for key, v in counted.items() if key[0] != "PyTorch operations"}
