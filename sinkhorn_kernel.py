@@ -13,8 +13,9 @@ is not the sublayer but the *boundary*: close l, map and read for l+1, while x_n
     H_pre = sigmoid, H_post = 2 sigmoid, H_res = Sinkhorn-Knopp     Eq 17-19, Eq 9
     x_in = sum_i H_pre[i] x_next[i]                                 what sublayer l+1 reads
 
-Layout. x (T, n, C) with C contiguous, T all leading dimensions as one; a tile is BT tokens by BC channels of a stream.
-A program owns BT tokens. phi (nC, n^2+2n) is fp32 with columns pre | post | res; logit (i, j) of H_res is column
+Layout. x (T, n, C) with C contiguous, T all leading dimensions as one. A program owns BT tokens and walks over tiles of
+BC channels; of x a tile is (n, BT, BC), streams first, so that a thread holds all streams of an entry and mixes them
+without exchange. phi (nC, n^2+2n) is fp32 with columns pre | post | res; logit (i, j) of H_res is column
 2n + n*i + j. Mappings and sums are fp32 whatever x is.
 
 Bytes. The unit is C elements of x a token; n = 4. The arithmetic is nothing, these are the cost.
@@ -44,8 +45,8 @@ both on tensor cores; the gradient through phi to a bf16 x is tf32. DOTS = 'ieee
 
 What it trades. Compile-time switches (HAS_Y, HAS_NEXT) instead of three operations; registers (one program to an SM)
 for bytes. The forward has one program a 64 tokens, so 4096 tokens fill half of an H100's 132 processors and 8192 all;
-smaller programs would read phi more often. With n = 8 it is right but spills. What compilers make of
-it is guarded by tests/test_kernel_compile.py; where the order of lines matters to them, a comment says so.
+smaller programs would read phi more often. What compilers make of it is guarded by tests/test_kernel_compile.py; where
+the order of lines matters to them, a comment says so.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def jit(kernel):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pieces. A tile is (BT, BC), tokens by channels of one stream; tuples hold one tile, or one (BT,) map entry, a stream.
+# Pieces. A tile is (BT, BC), tokens by channels of one stream, or (n, BT, BC), all streams.
 
 
 @jit
@@ -83,35 +84,38 @@ def logsumexp(a, axis: tl.constexpr):
 
 
 @jit
-def load_streams(ptr, row, c, live, C, n: tl.constexpr):
-    """n tiles, fp32, of a (tokens, n, C) tensor whose first token here is ptr's."""
-    tiles = ()
-    for i in tl.static_range(n):
-        tiles = tiles + (tl.load(ptr + row[:, None] * (n * C) + i * C + c[None, :], live, 0.0).to(tl.float32),)
-    return tiles
+def load_streams(ptr, row, c, tile, C, n: tl.constexpr):
+    """(n, BT, BC), fp32, of a (tokens, n, C) tensor whose first token here is ptr's.
 
-
-@jit
-def load_entries(ptr, row, live, k: tl.constexpr):
-    """k vectors (BT,): the entries of a (tokens, k) map: one load, then sums that pick a column each.
-
-    k loads of (BT,) would do, and spill: their results are kept in as many layouts as the tiles they multiply.
+    Layouts fill warps from the last axis on, so a thread holds all n of an entry (4 of 8 in `streams` on NVIDIA).
     """
-    column = tl.arange(0, k)[None, :]
-    entries = tl.load(ptr + row[:, None] * k + column, live[:, None], 0.0)
-    picked = ()
-    for i in tl.static_range(k):
-        picked = picked + (tl.sum(tl.where(column == i, entries, 0.0), 1),)
-    return picked
+    at = tl.arange(0, n)[:, None, None] * C + row[None, :, None] * (n * C) + c[None, None, :]
+    return tl.load(ptr + at, tile[None, :, :], 0.0).to(tl.float32)
 
 
 @jit
-def mix(i: tl.constexpr, x, y, H_post, H_res, n: tl.constexpr):
-    """Stream i of Eq 3, from tuples of tiles and of map entries, before rounding."""
-    out = H_post[i][:, None] * y
-    for j in tl.static_range(n):
-        out += H_res[i * n + j][:, None] * x[j]
-    return out
+def load_gate(ptr, row, live, n: tl.constexpr):
+    """H_pre or H_post as (BT, n)."""
+    return tl.load(ptr + row[:, None] * n + tl.arange(0, n)[None, :], live[:, None], 0.0)
+
+
+@jit
+def load_H_res(ptr, row, live, n: tl.constexpr):
+    """H_res[i, j] as (n of j, BT, n of i): entries that multiply x on x's own axes, and the last axis picked from."""
+    j, i = tl.arange(0, n)[:, None, None], tl.arange(0, n)[None, None, :]
+    return tl.load(ptr + row[None, :, None] * (n * n) + i * n + j, live[None, :, None], 0.0)
+
+
+@jit
+def pick(entries, i):
+    """entries[..., i]. A load of its own for each i would do, and spill: in as many layouts as the tiles it meets."""
+    return tl.sum(tl.where(tl.arange(0, entries.shape[-1]) == i, entries, 0.0), len(entries.shape) - 1)
+
+
+@jit
+def mix(x, y, H_post_i, H_res_i):
+    """Stream i of Eq 3 before rounding: x (n, BT, BC), y (BT, BC), H_post_i (BT,), H_res_i (n, BT) -> (BT, BC)."""
+    return H_post_i[:, None] * y + tl.sum(H_res_i[:, :, None] * x, 0)
 
 
 @jit
@@ -192,16 +196,17 @@ def mhc_step_kernel(
     """One boundary for BT tokens: all channels twice."""
     M: tl.constexpr = n * n + 2 * n  # columns of phi
     MR: tl.constexpr = n * n if n * n > 16 else 16  # width of the two products: at least 16, for the tensor cores
+    UNROLL: tl.constexpr = n if n < 8 else 1  # unrolled, 8 streams hoist their loads and spill kilobytes
+    dtype = x_ptr.dtype.element_ty
     start = tl.program_id(0).to(tl.int64) * BT  # 64 bits here, so that 32 do for offsets inside the program
     row = tl.arange(0, BT)
     live = start + row < T
     x_ptr += start * n * C
     x_next_ptr += start * n * C
-    H_post, H_res = (), ()
     if HAS_Y:
         y_ptr += start * C
-        H_post = load_entries(H_post_ptr + start * n, row, live, n)
-        H_res = load_entries(H_res_ptr + start * n * n, row, live, n * n)
+        H_post = load_gate(H_post_ptr + start * n, row, live, n)
+        H_res = load_H_res(H_res_ptr + start * n * n, row, live, n)
 
     square = tl.zeros((BT,), tl.float32)
     gates = tl.zeros((BT, 16), tl.float32)  # columns pre | post of proj, then zeros
@@ -211,17 +216,17 @@ def mhc_step_kernel(
     for c0 in range(0, C, BC):
         c = c0 + tl.arange(0, BC)
         tile = live[:, None] & (c < C)[None, :]
-        x = load_streams(x_ptr, row, c, tile, C, n)
         if HAS_Y:
+            x = load_streams(x_ptr, row, c, tile, C, n)
             y = tl.load(y_ptr + row[:, None] * C + c[None, :], tile, 0.0).to(tl.float32)
-        for i in tl.static_range(n):
-            # x_next = x if y is None else mhc_post_res_ref(x, y, H_post, H_res)
-            x_next = x[i]
+        for i in tl.range(0, n, loop_unroll_factor=UNROLL):
+            at = row[:, None] * (n * C) + i * C + c[None, :]
+            # x_next = x if y is None else mhc_post_res_ref(x, y, H_post, H_res), rounded before anything reads it
             if HAS_Y:
-                x_next = mix(i, x, y, H_post, H_res, n)
-            x_next = x_next.to(x_ptr.dtype.element_ty)  # rounded before anything reads it
-            if HAS_Y:
-                tl.store(x_next_ptr + row[:, None] * (n * C) + i * C + c[None, :], x_next, tile)
+                x_next = mix(x, y, pick(H_post, i), pick(H_res, i)).to(dtype)
+                tl.store(x_next_ptr + at, x_next, tile)
+            else:
+                x_next = tl.load(x_ptr + at, tile, 0.0)
             if HAS_NEXT:
                 # proj = v @ phi.to(v.dtype)  # Eq 14
                 phi_i = phi_ptr + (i * C + c)[:, None] * M
@@ -239,34 +244,31 @@ def mhc_step_kernel(
         tl.store(proj_ptr + row[:, None] * M + g, gates, live[:, None] & (g < 2 * n))
         tl.store(proj_ptr + row[:, None] * M + 2 * n + m, res, live[:, None] & (m < n * n))
         # pre, post, res = logits.split([n, n, n * n], -1)
-        at_n, at_nn, i, ij = map_offsets(row, n)
+        at_n, at_nn, s, ij = map_offsets(row, n)
         pre, post = tl.split(tl.permute(tl.sum(tl.reshape(gates, (BT, 16 // (2 * n), 2, n)), 1), (0, 2, 1)))
         res = tl.sum(tl.reshape(res, (BT, MR // (n * n), n, n)), 1)
         # logits = scale / r * proj + b.to(v.dtype)  # Eq 16: dividing after the matmul is the RMSNorm
-        pre = tl.load(alpha_ptr) / r[:, None] * pre + tl.load(b_ptr + i)[None, :]
-        post = tl.load(alpha_ptr + 1) / r[:, None] * post + tl.load(b_ptr + n + i)[None, :]
+        pre = tl.load(alpha_ptr) / r[:, None] * pre + tl.load(b_ptr + s)[None, :]
+        post = tl.load(alpha_ptr + 1) / r[:, None] * post + tl.load(b_ptr + n + s)[None, :]
         res = tl.load(alpha_ptr + 2) / r[:, None, None] * res + tl.load(b_ptr + 2 * n + ij)[None, :, :]
         # return pre.sigmoid(), 2 * post.sigmoid(), H_res  # Eq 17, 18, 19
         H_pre = tl.sigmoid(pre)
         tl.store(H_post_next_ptr + start * n + at_n, 2 * tl.sigmoid(post), live[:, None])
         tl.store(H_res_next_ptr + start * n * n + at_nn, sinkhorn_forward(res, ITERS), live[:, None, None])
 
-        H_pre_i = ()
-        for k in tl.static_range(n):
-            H_pre_i = H_pre_i + (tl.sum(tl.where(i[None, :] == k, H_pre, 0.0), 1),)
         for c0 in range(0, C, BC):
             c = c0 + tl.arange(0, BC)
             tile = live[:, None] & (c < C)[None, :]
             x = load_streams(x_ptr, row, c, tile, C, n)
+            # x_in = (H_pre.unsqueeze(-1) * x_next).sum(-2).to(x.dtype), x_next again from x and y
             if HAS_Y:
                 y = tl.load(y_ptr + row[:, None] * C + c[None, :], tile, 0.0).to(tl.float32)
-            # x_in = (H_pre.unsqueeze(-1) * x_next).sum(-2).to(x.dtype), x_next again from x and y
-            x_in = tl.zeros((BT, BC), tl.float32)
-            for k in tl.static_range(n):
-                x_next = x[k]
-                if HAS_Y:
-                    x_next = mix(k, x, y, H_post, H_res, n).to(x_ptr.dtype.element_ty).to(tl.float32)
-                x_in += H_pre_i[k][:, None] * x_next
+                x_in = tl.zeros((BT, BC), tl.float32)
+                for i in tl.range(0, n, loop_unroll_factor=UNROLL):
+                    x_next = mix(x, y, pick(H_post, i), pick(H_res, i)).to(dtype)
+                    x_in += pick(H_pre, i)[:, None] * x_next.to(tl.float32)
+            else:
+                x_in = tl.sum(tl.trans(H_pre)[:, :, None] * x, 0)
             tl.store(x_in_ptr + start * C + row[:, None] * C + c[None, :], x_in, tile)
 
 
@@ -354,22 +356,21 @@ def streams_backward_kernel(
     row = tl.arange(0, BT)
     live = start + row < T
     dtype = x_ptr.dtype.element_ty
+    UNROLL: tl.constexpr = n if n < 8 else 1
+    s = tl.arange(0, n)
     x_ptr += start * n * C
     d_x_ptr += start * n * C
-    H_post, H_res, H_pre, d_H_post, d_H_res = (), (), (), (), ()
     if HAS_Y:
         y_ptr += start * C
         d_y_ptr += start * C
         d_x_next_ptr += start * n * C
-        H_post = load_entries(H_post_ptr + start * n, row, live, n)
-        H_res = load_entries(H_res_ptr + start * n * n, row, live, n * n)
-        for _ in tl.static_range(n):
-            d_H_post = d_H_post + (tl.zeros((BT,), tl.float32),)
-        for _ in tl.static_range(n * n):
-            d_H_res = d_H_res + (tl.zeros((BT,), tl.float32),)
+        H_post = load_gate(H_post_ptr + start * n, row, live, n)
+        H_res = load_H_res(H_res_ptr + start * n * n, row, live, n)
+        d_H_post = tl.zeros((BT, n), tl.float32)
+        d_H_res = tl.zeros((n, BT, n), tl.float32)  # as H_res: j, token, i
     if HAS_NEXT:
         d_x_in_ptr += start * C
-        H_pre = load_entries(H_pre_ptr + start * n, row, live, n)
+        H_pre = load_gate(H_pre_ptr + start * n, row, live, n)
         d_square = tl.load(d_square_ptr + start + row, live, 0.0)
         m = tl.arange(0, MP)
         at_m = start * M + row[None, :] * M + m[:, None]
@@ -379,59 +380,50 @@ def streams_backward_kernel(
     for c0 in range(first, first + TILES * BC, BC):
         c = c0 + tl.arange(0, BC)
         tile = live[:, None] & (c < C)[None, :]
-        x = load_streams(x_ptr, row, c, tile, C, n)
-        d_x, d_res = (), ()
         if HAS_Y:
+            x = load_streams(x_ptr, row, c, tile, C, n)
             y = tl.load(y_ptr + row[:, None] * C + c[None, :], tile, 0.0).to(tl.float32)
+            d_x = tl.zeros((n, BT, BC), tl.float32)
             d_y = tl.zeros((BT, BC), tl.float32)
-            d_post = ()
-            for _ in tl.static_range(n):
-                d_x = d_x + (tl.zeros((BT, BC), tl.float32),)
         if HAS_NEXT:
             d_x_in = tl.load(d_x_in_ptr + row[:, None] * C + c[None, :], tile, 0.0).to(tl.float32)
-        for i in tl.static_range(n):
-            streams = row[:, None] * (n * C) + i * C + c[None, :]
+        for i in tl.range(0, n, loop_unroll_factor=UNROLL):
+            at = row[:, None] * (n * C) + i * C + c[None, :]
             # d: gradient of x_next[i]. Its three readers here were proj = v @ phi (Eq 14), r = sqrt(mean(v^2) + eps)
-            # (Eq 15) and x_in = sum_i H_pre[i] x_next[i]. The product comes first: in the other order the compiler
-            # gives its matrix layout to the loads and to all arithmetic after them, and spills kilobytes.
+            # (Eq 15) and x_in = sum_i H_pre[i] x_next[i]. d_x_next is loaded after the product: before it, the compiler
+            # gives the load the product's layout, and spills hundreds of bytes.
+            d = tl.zeros((BT, BC), tl.float32)
             if HAS_NEXT:
                 at_phi = (i * C + c)[:, None] * M + m[None, :]
                 phi = tl.load(phi_ptr + at_phi, (c < C)[:, None] & (m < M)[None, :], 0.0)  # (BC, MP)
-                x_next = x[i]
                 if HAS_Y:
-                    x_next = mix(i, x, y, H_post, H_res, n).to(dtype).to(tl.float32)
+                    x_next = mix(x, y, pick(H_post, i), pick(H_res, i)).to(dtype)
+                else:
+                    x_next = tl.load(x_ptr + at, tile, 0.0)
                 d = tl.trans(tl.dot(phi, d_proj_T, input_precision=PRECISION))
-                d += H_pre[i][:, None] * d_x_in + d_square[:, None] * x_next
+                d += pick(H_pre, i)[:, None] * d_x_in + d_square[:, None] * x_next.to(tl.float32)
                 d = d.to(dtype).to(tl.float32)
-            else:
-                d = tl.zeros((BT, BC), tl.float32)
             if HAS_Y:
                 # The fourth reader is the next boundary. Rounded before this sum and after it, as where recomputation
                 # cuts the depth here and autograd adds the two: cut or not, the bits are the same.
-                d += tl.load(d_x_next_ptr + streams, tile, 0.0).to(tl.float32)
+                d += tl.load(d_x_next_ptr + at, tile, 0.0).to(tl.float32)
                 d = d.to(dtype).to(tl.float32)
-            if HAS_Y:
                 # x_next[i] = sum_j H_res[i, j] x[j] + H_post[i] y
-                d_y += H_post[i][:, None] * d
-                d_post = d_post + (d_H_post[i] + tl.sum(d * y, 1),)
-                d_x_mixed = ()
-                for j in tl.static_range(n):
-                    d_x_mixed = d_x_mixed + (d_x[j] + H_res[i * n + j][:, None] * d,)
-                    d_res = d_res + (d_H_res[i * n + j] + tl.sum(d * x[j], 1),)
-                d_x = d_x_mixed
+                d_y += pick(H_post, i)[:, None] * d
+                d_x += pick(H_res, i)[:, :, None] * d[None, :, :]
+                d_H_post += tl.where(s == i, tl.sum(d * y, 1)[:, None], 0.0)
+                d_H_res += tl.where(s == i, tl.sum(d[None, :, :] * x, 2)[:, :, None], 0.0)
             else:
-                d_x = d_x + (d,)
-        for j in tl.static_range(n):
-            tl.store(d_x_ptr + row[:, None] * (n * C) + j * C + c[None, :], d_x[j], tile)
+                tl.store(d_x_ptr + at, d, tile)
         if HAS_Y:
+            at_streams = s[:, None, None] * C + row[None, :, None] * (n * C) + c[None, None, :]
+            tl.store(d_x_ptr + at_streams, d_x, tile[None, :, :])
             tl.store(d_y_ptr + row[:, None] * C + c[None, :], d_y, tile)
-            d_H_post, d_H_res = d_post, d_res
     if HAS_Y:
         share = tl.program_id(1).to(tl.int64) * T + start
-        for i in tl.static_range(n):
-            tl.store(d_H_post_ptr + share * n + row * n + i, d_H_post[i], live)
-        for k in tl.static_range(n * n):
-            tl.store(d_H_res_ptr + share * n * n + row * (n * n) + k, d_H_res[k], live)
+        tl.store(d_H_post_ptr + share * n + row[:, None] * n + s[None, :], d_H_post, live[:, None])
+        at_ij = row[None, :, None] * (n * n) + s[None, None, :] * n + s[:, None, None]
+        tl.store(d_H_res_ptr + share * n * n + at_ij, d_H_res, live[None, :, None])
 
 
 @jit
@@ -509,19 +501,26 @@ BLOCKS = {
         "sinkhorn_backward": (16, 1, 4, 1),
     },
 }
-# tf32x3 products hold two parts of each operand: half the tile. Warps so that a thread still moves 128 bits. On sm_100
-# two corners still spill: `streams` in the last form, 8 bytes, and fp32 "first" with 2 streams, 16.
-BLOCKS_BY_DTYPE = {
-    ("nvidia", torch.float16): {"step": (64, 16, 4, 3), "first": (64, 16, 4, 3), "streams": (16, 64, 4, 3)},
-    ("nvidia", torch.float32): {"step": (32, 32, 8, 3), "first": (32, 32, 8, 3), "streams": (16, 64, 8, 3)},
-    ("amd", torch.float32): {"streams": (16, 64, 4, 2)},
-}
-# Of any dtype. 80 map entries and 72 sums a token fill most registers before the first tile: `streams` spills whatever
-# the tile, `step` 40 bytes on sm_100; their tiles move 16 to 64 bits at a time (figures: tests/test_kernel_compile.py).
-BLOCKS_8_STREAMS = {
-    "nvidia": {"step": (32, 16, 8, 1), "first": (32, 16, 8, 1), "streams": (32, 16, 8, 1), "phi": (32, 64, 8, 2)},
-    "amd": {"step": (32, 32, 4, 1), "first": (32, 32, 4, 1), "streams": (16, 16, 4, 1), "phi": (32, 128, 8, 2)},
-}
+# Rows instead, by maker, dtype of x and whether it has 8 streams. Products in tf32x3 hold two parts of each operand,
+# and 80 columns of phi are padded to 128: smaller tiles. With 8 streams `streams` moves 64 bits at a time (16 in fp16 on
+# NVIDIA, where `step` moves 64); everything else moves 128.
+BLOCKS_INSTEAD = {
+    ("nvidia", torch.float16, False): {"step": (64, 16, 4, 1), "first": (64, 16, 4, 3), "streams": (16, 64, 4, 3)},
+    ("nvidia", torch.float32, False): {"step": (64, 16, 8, 3), "first": (64, 16, 8, 2), "streams": (16, 64, 8, 3)},
+    ("amd", torch.float32, False): {"streams": (16, 64, 4, 2)},
+    ("nvidia", torch.bfloat16, True): {
+        "step": (64, 16, 4, 2), "first": (64, 16, 4, 2), "streams": (32, 32, 8, 1), "phi": (32, 64, 8, 2),
+    },
+    ("nvidia", torch.float16, True): {
+        "step": (32, 32, 8, 1), "first": (32, 32, 8, 1), "streams": (16, 16, 8, 1), "phi": (32, 64, 8, 2),
+    },
+    ("nvidia", torch.float32, True): {
+        "step": (64, 16, 8, 2), "first": (64, 16, 8, 2), "streams": (16, 16, 8, 1), "phi": (32, 64, 8, 2),
+    },
+    ("amd", torch.bfloat16, True): {"streams": (16, 64, 4, 2), "phi": (32, 128, 8, 2)},
+    ("amd", torch.float16, True): {"streams": (16, 64, 4, 2), "phi": (32, 128, 8, 2)},
+    ("amd", torch.float32, True): {"streams": (16, 64, 4, 2), "phi": (32, 128, 8, 2)},
+}  # fmt: skip
 CHANNEL_SHARES = 4  # programs that split the channels in `streams`; each writes its share of d_H_post and d_H_res
 TOKEN_SHARES = 8  # at most so many programs split the tokens in `phi`, 256 or more each; each writes its share of d_phi
 DOTS = "auto"  # or 'ieee': products in plain fp32, without tensor cores on NVIDIA
@@ -530,7 +529,7 @@ MAKER = "amd" if torch.version.hip else "nvidia"
 
 def blocks(kernel, n, C, dtype=torch.bfloat16):
     """Tokens, channels, and the launch options of one program."""
-    rows = BLOCKS[MAKER] | (BLOCKS_8_STREAMS[MAKER] if n == 8 else BLOCKS_BY_DTYPE.get((MAKER, dtype), {}))
+    rows = BLOCKS[MAKER] | BLOCKS_INSTEAD.get((MAKER, dtype, n == 8), {})
     BT, BC, warps, stages = rows[kernel]
     return BT, max(16, min(BC, triton.next_power_of_2(C))), {"num_warps": warps, "num_stages": stages}
 
