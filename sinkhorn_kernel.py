@@ -502,8 +502,8 @@ BLOCKS = {
     },
 }
 # Rows instead, by maker, dtype of x and whether it has 8 streams. Products in tf32x3 hold two parts of each operand,
-# and 80 columns of phi are padded to 128: smaller tiles. With 8 streams `streams` moves 64 bits at a time (16 in fp16 on
-# NVIDIA, where `step` moves 64); everything else moves 128.
+# and 80 columns of phi are padded to 128: smaller tiles. With 8 streams `streams` moves 64 bits at a time (16 for fp16
+# on NVIDIA, where `step` moves 64); everything else moves 128.
 BLOCKS_INSTEAD = {
     ("nvidia", torch.float16, False): {"step": (64, 16, 4, 1), "first": (64, 16, 4, 3), "streams": (16, 64, 4, 3)},
     ("nvidia", torch.float32, False): {"step": (64, 16, 8, 3), "first": (64, 16, 8, 2), "streams": (16, 64, 8, 3)},
