@@ -475,16 +475,14 @@ def sinkhorn_backward_kernel(
 # ----------------------------------------------------------------------------------------------------------------------
 # Launches.
 
-# Tokens, channels, warps and pipeline stages of one program, by maker and kernel, for bf16 x; the tables after it
-# replace rows. Chosen by compiling, not by timing: the largest tiles that spill nothing. phi costs 192/BT units a
+# Tokens, channels, warps and pipeline stages of one program, by maker and kernel, for bf16 x; the table after it
+# replaces rows. Chosen by compiling, not by timing: the largest tiles that spill nothing. phi costs 192/BT units a
 # pass, so BT is as large as registers allow; 64 bytes a row (BC = 32) are two full sectors. AMD's warps are twice as
 # wide (8 channels a thread, one 128-bit access, take tiles twice as large) and share 64 KB a workgroup, hence fewer
-# stages. `maps` has no product, so nothing to pipeline for. "first": `step` in its first form, where a third stage
-# spills 16 bytes on sm_100. Widths smaller than a tile shrink it (blocks).
+# stages. `maps` has no product, so nothing to pipeline for. Widths smaller than a tile shrink it (blocks).
 BLOCKS = {
     "nvidia": {
         "step": (64, 32, 8, 3),
-        "first": (64, 32, 8, 2),
         "maps": (16, 64, 4, 1),
         "streams": (32, 64, 8, 3),
         "phi": (32, 256, 8, 3),
@@ -493,7 +491,6 @@ BLOCKS = {
     },
     "amd": {
         "step": (64, 32, 4, 2),
-        "first": (64, 32, 4, 2),
         "maps": (16, 128, 4, 1),
         "streams": (32, 64, 4, 2),
         "phi": (32, 256, 8, 2),
@@ -502,25 +499,19 @@ BLOCKS = {
     },
 }
 # Rows instead, by maker, dtype of x and whether it has 8 streams. Products in tf32x3 hold two parts of each operand,
-# and 80 columns of phi are padded to 128: smaller tiles. With 8 streams `streams` moves 64 bits at a time (16 for fp16
-# on NVIDIA, where `step` moves 64); everything else moves 128.
+# and 80 columns of phi are padded to 128: smaller tiles. With 8 streams `streams` moves 64 bits at a time (one entry of
+# fp16 or fp32 on NVIDIA, where `step` moves 64 bits of fp16); everything else moves 128.
 BLOCKS_INSTEAD = {
-    ("nvidia", torch.float16, False): {"step": (64, 16, 4, 1), "first": (64, 16, 4, 3), "streams": (16, 64, 4, 3)},
-    ("nvidia", torch.float32, False): {"step": (64, 16, 8, 3), "first": (64, 16, 8, 2), "streams": (16, 64, 8, 3)},
+    ("nvidia", torch.float16, False): {"step": (64, 16, 4, 1), "streams": (16, 64, 4, 3)},
+    ("nvidia", torch.float32, False): {"step": (64, 16, 8, 2), "streams": (16, 64, 8, 3)},
     ("amd", torch.float32, False): {"streams": (16, 64, 4, 2)},
-    ("nvidia", torch.bfloat16, True): {
-        "step": (64, 16, 4, 2), "first": (64, 16, 4, 2), "streams": (32, 32, 8, 1), "phi": (32, 64, 8, 2),
-    },
-    ("nvidia", torch.float16, True): {
-        "step": (32, 32, 8, 1), "first": (32, 32, 8, 1), "streams": (16, 16, 8, 1), "phi": (32, 64, 8, 2),
-    },
-    ("nvidia", torch.float32, True): {
-        "step": (64, 16, 8, 2), "first": (64, 16, 8, 2), "streams": (16, 16, 8, 1), "phi": (32, 64, 8, 2),
-    },
+    ("nvidia", torch.bfloat16, True): {"step": (64, 16, 4, 2), "streams": (32, 32, 8, 1), "phi": (32, 64, 8, 2)},
+    ("nvidia", torch.float16, True): {"step": (32, 32, 8, 1), "streams": (16, 16, 8, 1), "phi": (32, 64, 8, 2)},
+    ("nvidia", torch.float32, True): {"step": (64, 16, 8, 2), "streams": (16, 16, 8, 1), "phi": (32, 64, 8, 2)},
     ("amd", torch.bfloat16, True): {"streams": (16, 64, 4, 2), "phi": (32, 128, 8, 2)},
     ("amd", torch.float16, True): {"streams": (16, 64, 4, 2), "phi": (32, 128, 8, 2)},
     ("amd", torch.float32, True): {"streams": (16, 64, 4, 2), "phi": (32, 128, 8, 2)},
-}  # fmt: skip
+}
 CHANNEL_SHARES = 4  # programs that split the channels in `streams`; each writes its share of d_H_post and d_H_res
 TOKEN_SHARES = 8  # at most so many programs split the tokens in `phi`, 256 or more each; each writes its share of d_phi
 DOTS = "auto"  # or 'ieee': products in plain fp32, without tensor cores on NVIDIA
@@ -558,7 +549,7 @@ def step_op(
     outs = step_shapes(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps)
     (n, C), T = x.shape[-2:], _tokens(x)
     if T:
-        BT, BC, options = blocks("first" if y is None else "step", n, C, x.dtype)
+        BT, BC, options = blocks("step", n, C, x.dtype)
         ins = [None if t is None else t.contiguous() for t in (x, y, H_post, H_res, phi, alpha, b)]
         mhc_step_kernel[(triton.cdiv(T, BT),)](
             *ins, *outs, T, C, eps, n=n, ITERS=sinkhorn_iters, HAS_Y=y is not None, HAS_NEXT=phi is not None,
