@@ -108,7 +108,7 @@ def load_H_res(ptr, row, live, n: tl.constexpr):
 
 @jit
 def pick(entries, i):
-    """entries[..., i]. A load of its own for each i would do, and spill: in as many layouts as the tiles it meets."""
+    """entries[..., i], as a sum: what is in registers cannot be indexed, and a load would fetch it in every tile."""
     return tl.sum(tl.where(tl.arange(0, entries.shape[-1]) == i, entries, 0.0), len(entries.shape) - 1)
 
 
