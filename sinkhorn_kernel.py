@@ -14,8 +14,8 @@ is not the sublayer but the *boundary*: close l, map and read for l+1, while x_n
     x_in = sum_i H_pre[i] x_next[i]                                 what sublayer l+1 reads
 
 Layout. x (T, n, C) with C contiguous, T all leading dimensions as one. A program owns BT tokens and walks over tiles of
-BC channels; of x a tile is (n, BT, BC), streams first, so that a thread holds all streams of an entry and mixes them
-without exchange. phi (nC, n^2+2n) is fp32 with columns pre | post | res; logit (i, j) of H_res is column
+BC channels; of x a tile is (n, BT, BC), streams first, so that a thread holds all streams of an entry (up to 4 of them)
+and mixes them without exchange. phi (nC, n^2+2n) is fp32 with columns pre | post | res; logit (i, j) of H_res is column
 2n + n*i + j. Mappings and sums are fp32 whatever x is.
 
 Bytes. The unit is C elements of x a token; n = 4. The arithmetic is nothing, these are the cost.
@@ -84,26 +84,25 @@ def logsumexp(a, axis: tl.constexpr):
 
 
 @jit
-def load_streams(ptr, row, c, tile, C, n: tl.constexpr):
-    """(n, BT, BC), fp32, of a (tokens, n, C) tensor whose first token here is ptr's.
+def stream_offsets(row, c, C, n: tl.constexpr):
+    """Offsets (n, BT, BC) in a (tokens, n, C) tensor.
 
     Layouts fill warps from the last axis on, so a thread holds all n of an entry (4 of 8 in `streams` on NVIDIA).
     """
-    at = tl.arange(0, n)[:, None, None] * C + row[None, :, None] * (n * C) + c[None, None, :]
-    return tl.load(ptr + at, tile[None, :, :], 0.0).to(tl.float32)
+    return tl.arange(0, n)[:, None, None] * C + row[None, :, None] * (n * C) + c[None, None, :]
+
+
+@jit
+def H_res_offsets(row, n: tl.constexpr):
+    """Offsets of H_res[i, j] as (n of j, BT, n of i): x's own axes in front, the axis that pick takes from last."""
+    j, i = tl.arange(0, n)[:, None, None], tl.arange(0, n)[None, None, :]
+    return row[None, :, None] * (n * n) + i * n + j
 
 
 @jit
 def load_gate(ptr, row, live, n: tl.constexpr):
     """H_pre or H_post as (BT, n)."""
     return tl.load(ptr + row[:, None] * n + tl.arange(0, n)[None, :], live[:, None], 0.0)
-
-
-@jit
-def load_H_res(ptr, row, live, n: tl.constexpr):
-    """H_res[i, j] as (n of j, BT, n of i): entries that multiply x on x's own axes, and the last axis picked from."""
-    j, i = tl.arange(0, n)[:, None, None], tl.arange(0, n)[None, None, :]
-    return tl.load(ptr + row[None, :, None] * (n * n) + i * n + j, live[None, :, None], 0.0)
 
 
 @jit
@@ -206,7 +205,7 @@ def mhc_step_kernel(
     if HAS_Y:
         y_ptr += start * C
         H_post = load_gate(H_post_ptr + start * n, row, live, n)
-        H_res = load_H_res(H_res_ptr + start * n * n, row, live, n)
+        H_res = tl.load(H_res_ptr + start * n * n + H_res_offsets(row, n), live[None, :, None], 0.0)
 
     square = tl.zeros((BT,), tl.float32)
     gates = tl.zeros((BT, 16), tl.float32)  # columns pre | post of proj, then zeros
@@ -217,7 +216,7 @@ def mhc_step_kernel(
         c = c0 + tl.arange(0, BC)
         tile = live[:, None] & (c < C)[None, :]
         if HAS_Y:
-            x = load_streams(x_ptr, row, c, tile, C, n)
+            x = tl.load(x_ptr + stream_offsets(row, c, C, n), tile[None, :, :], 0.0).to(tl.float32)
             y = tl.load(y_ptr + row[:, None] * C + c[None, :], tile, 0.0).to(tl.float32)
         for i in tl.range(0, n, loop_unroll_factor=UNROLL):
             at = row[:, None] * (n * C) + i * C + c[None, :]
@@ -259,7 +258,7 @@ def mhc_step_kernel(
         for c0 in range(0, C, BC):
             c = c0 + tl.arange(0, BC)
             tile = live[:, None] & (c < C)[None, :]
-            x = load_streams(x_ptr, row, c, tile, C, n)
+            x = tl.load(x_ptr + stream_offsets(row, c, C, n), tile[None, :, :], 0.0).to(tl.float32)
             # x_in = (H_pre.unsqueeze(-1) * x_next).sum(-2).to(x.dtype), x_next again from x and y
             if HAS_Y:
                 y = tl.load(y_ptr + row[:, None] * C + c[None, :], tile, 0.0).to(tl.float32)
@@ -356,7 +355,7 @@ def streams_backward_kernel(
     row = tl.arange(0, BT)
     live = start + row < T
     dtype = x_ptr.dtype.element_ty
-    UNROLL: tl.constexpr = n if n < 8 else 1
+    UNROLL: tl.constexpr = n if n < 8 else 1  # as in mhc_step_kernel
     s = tl.arange(0, n)
     x_ptr += start * n * C
     d_x_ptr += start * n * C
@@ -365,7 +364,7 @@ def streams_backward_kernel(
         d_y_ptr += start * C
         d_x_next_ptr += start * n * C
         H_post = load_gate(H_post_ptr + start * n, row, live, n)
-        H_res = load_H_res(H_res_ptr + start * n * n, row, live, n)
+        H_res = tl.load(H_res_ptr + start * n * n + H_res_offsets(row, n), live[None, :, None], 0.0)
         d_H_post = tl.zeros((BT, n), tl.float32)
         d_H_res = tl.zeros((n, BT, n), tl.float32)  # as H_res: j, token, i
     if HAS_NEXT:
@@ -381,7 +380,7 @@ def streams_backward_kernel(
         c = c0 + tl.arange(0, BC)
         tile = live[:, None] & (c < C)[None, :]
         if HAS_Y:
-            x = load_streams(x_ptr, row, c, tile, C, n)
+            x = tl.load(x_ptr + stream_offsets(row, c, C, n), tile[None, :, :], 0.0).to(tl.float32)
             y = tl.load(y_ptr + row[:, None] * C + c[None, :], tile, 0.0).to(tl.float32)
             d_x = tl.zeros((n, BT, BC), tl.float32)
             d_y = tl.zeros((BT, BC), tl.float32)
@@ -416,14 +415,12 @@ def streams_backward_kernel(
             else:
                 tl.store(d_x_ptr + at, d, tile)
         if HAS_Y:
-            at_streams = s[:, None, None] * C + row[None, :, None] * (n * C) + c[None, None, :]
-            tl.store(d_x_ptr + at_streams, d_x, tile[None, :, :])
+            tl.store(d_x_ptr + stream_offsets(row, c, C, n), d_x, tile[None, :, :])
             tl.store(d_y_ptr + row[:, None] * C + c[None, :], d_y, tile)
     if HAS_Y:
         share = tl.program_id(1).to(tl.int64) * T + start
         tl.store(d_H_post_ptr + share * n + row[:, None] * n + s[None, :], d_H_post, live[:, None])
-        at_ij = row[None, :, None] * (n * n) + s[None, None, :] * n + s[:, None, None]
-        tl.store(d_H_res_ptr + share * n * n + at_ij, d_H_res, live[None, :, None])
+        tl.store(d_H_res_ptr + share * n * n + H_res_offsets(row, n), d_H_res, live[None, :, None])
 
 
 @jit
