@@ -17,6 +17,7 @@ test: .venv/done
 
 lint: .venv/done
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 
 drill: .venv/done
 	$(py) drill.py --rounds=$(rounds)

@@ -48,22 +48,32 @@ def parts(s):
     if name == "python":
         return [Texts(python_documents, s["val_fraction"], python_record)]
     if name == "shakespeare":
-        fetch = partial(download, SHAKESPEARE, os.path.join(s["data_root"], "download", "tinyshakespeare.txt"),
-                        SHAKESPEARE_BYTES, SHAKESPEARE_SHA256, mirror)
+        fetch = partial(
+            download,
+            SHAKESPEARE,
+            os.path.join(s["data_root"], "download", "tinyshakespeare.txt"),
+            SHAKESPEARE_BYTES,
+            SHAKESPEARE_SHA256,
+            mirror,
+        )
         return [Texts(lambda: shakespeare_documents(fetch), s["val_fraction"], lambda: [fetch()])]
     if name == "c4":
-        return [C4Shard("val", C4.format(split="validation", i=i, n=8), mirror) for i in range(8)] + \
-            [C4Shard("train", C4.format(split="train", i=i, n=1024), mirror) for i in range(1024)]
+        return [C4Shard("val", C4.format(split="validation", i=i, n=8), mirror) for i in range(8)] + [
+            C4Shard("train", C4.format(split="train", i=i, n=1024), mirror) for i in range(1024)
+        ]
     if name == "fineweb10b":
         if s["tokenizer"] != "gpt2":
             raise DataError(f"fineweb10b comes tokenised with gpt2: wanted --tokenizer=gpt2, got {s['tokenizer']}")
-        return [TokenShard("val", FINEWEB.format(split="val", i=0), mirror)] + \
-            [TokenShard("train", FINEWEB.format(split="train", i=i), mirror) for i in range(1, 104)]
+        return [TokenShard("val", FINEWEB.format(split="val", i=0), mirror)] + [
+            TokenShard("train", FINEWEB.format(split="train", i=i), mirror) for i in range(1, 104)
+        ]
     if os.path.exists(name):
         files = text_files(name)
         return [Texts(lambda: file_documents(files, s["text_key"]), s["val_fraction"], lambda: file_records(files))]
-    raise DataError(f"dataset {name!r}: wanted python, shakespeare, c4, fineweb10b, eval, or a file or folder that "
-                    f"exists, of {' '.join(SUFFIXES)}")
+    raise DataError(
+        f"dataset {name!r}: wanted python, shakespeare, c4, fineweb10b, eval, or a file or folder that "
+        f"exists, of {' '.join(SUFFIXES)}"
+    )
 
 
 class Texts:
@@ -272,8 +282,17 @@ class Shard:
     def record(self):
         s = self.stream
         whole = s.position == s.total
-        return [{"name": self.name, "url": self.url, "bytes": s.position, "of_bytes": s.total, "whole": whole,
-                 "sha256": s.hasher.hexdigest(), "published_sha256": whole and s.sha256 is not None}]
+        return [
+            {
+                "name": self.name,
+                "url": self.url,
+                "bytes": s.position,
+                "of_bytes": s.total,
+                "whole": whole,
+                "sha256": s.hasher.hexdigest(),
+                "published_sha256": whole and s.sha256 is not None,
+            }
+        ]
 
 
 class C4Shard(Shard):
@@ -297,7 +316,7 @@ class TokenShard(Shard):
             if wanted is None and len(held) >= HEADER_BYTES:
                 wanted, held = self.check_header(held[:HEADER_BYTES]), held[HEADER_BYTES:]
             if wanted is not None:
-                ids, held = np.frombuffer(held[:len(held) // 2 * 2], "<u2"), held[len(held) // 2 * 2:]
+                ids, held = np.frombuffer(held[: len(held) // 2 * 2], "<u2"), held[len(held) // 2 * 2 :]
                 got += len(ids)
                 if len(ids) and ids.max() >= enc.n_vocab:
                     raise DataError(f"{self.url}: holds token {ids.max()}, but {enc.name} has {enc.n_vocab}")

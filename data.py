@@ -64,8 +64,10 @@ def read_header(path):
     dtype = FORMATS[magic][1]
     wanted = HEADER_BYTES + n_tokens * dtype.itemsize
     if size != wanted:
-        raise DataError(f"{path}: {'truncated' if size < wanted else 'too long'}: its header says {n_tokens} tokens, "
-                        f"so wanted {wanted} bytes, got {size}; remove the folder and prepare the data again")
+        raise DataError(
+            f"{path}: {'truncated' if size < wanted else 'too long'}: its header says {n_tokens} tokens, "
+            f"so wanted {wanted} bytes, got {size}; remove the folder and prepare the data again"
+        )
     return n_tokens, dtype
 
 
@@ -107,9 +109,11 @@ class Corpus:
         self.n_tokens = int(self.ends[-1])
         self.n_sequences = (self.n_tokens - 1) // seq_len  # the last target needs one token more
         if self.n_sequences < 1:
-            raise DataError(f"{data_dir}: split {split!r} has {self.n_tokens} tokens, but one sequence of "
-                            f"seq_len={seq_len} needs {seq_len + 1}; prepare more text (or a larger --val_fraction), "
-                            "or use a smaller seq_len")
+            raise DataError(
+                f"{data_dir}: split {split!r} has {self.n_tokens} tokens, but one sequence of "
+                f"seq_len={seq_len} needs {seq_len + 1}; prepare more text (or a larger --val_fraction), "
+                "or use a smaller seq_len"
+            )
         self.fingerprint = hashlib.sha256("".join(f["sha256"] for f in self.files).encode()).hexdigest()
 
     def _open(self, name, n_wanted):
@@ -118,10 +122,15 @@ class Corpus:
             raise DataError(f"{path}: meta.json names this shard, but it is not there; prepare the data again")
         n_tokens, dtype = read_header(path)
         if n_tokens != n_wanted or dtype != token_dtype(self.vocab_size):
-            raise DataError(f"{path}: meta.json says {n_wanted} tokens of {token_dtype(self.vocab_size).name}, "
-                            f"its header {n_tokens} of {dtype.name}; prepare the data again")
-        return np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(n_tokens,)) if n_tokens else \
-            np.empty(0, dtype)
+            raise DataError(
+                f"{path}: meta.json says {n_wanted} tokens of {token_dtype(self.vocab_size).name}, "
+                f"its header {n_tokens} of {dtype.name}; prepare the data again"
+            )
+        return (
+            np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
+            if n_tokens
+            else np.empty(0, dtype)
+        )
 
     def tokens(self, start, stop):
         """Tokens start..stop of the split as an int64 array, across shards."""
@@ -132,8 +141,8 @@ class Corpus:
         for k in range(first, len(self.shards)):
             if done == len(out):
                 break
-            piece = self.shards[k][start + done - self.ends[k]:stop - self.ends[k]]
-            out[done:done + len(piece)] = piece
+            piece = self.shards[k][start + done - self.ends[k] : stop - self.ends[k]]
+            out[done : done + len(piece)] = piece
             done += len(piece)
         return out
 
@@ -148,8 +157,10 @@ class Corpus:
                 raise IndexError(f"{self.data_dir}: sequence {i} of {self.n_sequences} in split {self.split!r}")
             row[:] = self.tokens(int(i) * T, int(i) * T + T + 1)
         if rows.size and rows.max() >= self.vocab_size:  # an embedding lookup out of range gives a far worse message
-            raise DataError(f"{self.data_dir}: split {self.split!r} holds token {rows.max()}, but its vocabulary has "
-                            f"{self.vocab_size}; a shard was altered: prepare the data again")
+            raise DataError(
+                f"{self.data_dir}: split {self.split!r} holds token {rows.max()}, but its vocabulary has "
+                f"{self.vocab_size}; a shard was altered: prepare the data again"
+            )
         rows = torch.from_numpy(rows)
         return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()  # (k, T) each
 
@@ -159,8 +170,10 @@ class Corpus:
             path = os.path.join(self.data_dir, f["name"])
             got = sha256_file(path)
             if got != f["sha256"]:
-                raise DataError(f"{path}: altered since it was written: wanted sha256 {f['sha256']}, got {got}; "
-                                "prepare the data again")
+                raise DataError(
+                    f"{path}: altered since it was written: wanted sha256 {f['sha256']}, got {got}; "
+                    "prepare the data again"
+                )
 
 
 def read_meta(data_dir):
@@ -170,8 +183,10 @@ def read_meta(data_dir):
         with open(path, encoding="utf-8") as f:
             meta = json.load(f)
     except FileNotFoundError:
-        raise DataError(f"{data_dir}: no prepared corpus here (no meta.json); make one with "
-                        f"`python prepare_data.py --data_dir={data_dir} --dataset=... --tokenizer=...`") from None
+        raise DataError(
+            f"{data_dir}: no prepared corpus here (no meta.json); make one with "
+            f"`python prepare_data.py --data_dir={data_dir} --dataset=... --tokenizer=...`"
+        ) from None
     except ValueError as e:  # no JSON, or not even UTF-8
         raise DataError(f"{path}: not JSON ({e}); prepare the data again") from None
     if not isinstance(meta, dict):
@@ -229,8 +244,10 @@ def order(seed, start, count, n_sequences):
     Any slice is computed from its place alone: order(seed, 0, 100, n)[40:60] equals order(seed, 40, 20, n).
     """
     if n_sequences < 1 or start < 0 or count < 0:
-        raise ValueError("order needs n_sequences >= 1, start >= 0 and count >= 0, "
-                         f"got n_sequences={n_sequences}, start={start}, count={count}")
+        raise ValueError(
+            "order needs n_sequences >= 1, start >= 0 and count >= 0, "
+            f"got n_sequences={n_sequences}, start={start}, count={count}"
+        )
     place = np.arange(start, start + count, dtype=U64)
     with np.errstate(over="ignore"):  # uint64 arithmetic modulo 2^64 is meant
         return permute(place % U64(n_sequences), place // U64(n_sequences), seed, n_sequences).astype(np.int64)

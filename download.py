@@ -155,8 +155,10 @@ class Stream:
             total = int(total) if total is not None and total.isdigit() else None
             chunked = "chunked" in reply.headers.get("Transfer-Encoding", "").lower()
             if total is None and not chunked and self.size is None:
-                raise DownloadError(f"{self.url}: sent without a length, so a truncated file could not be told from "
-                                    "a whole one; fetch it by hand or from a mirror that names lengths")
+                raise DownloadError(
+                    f"{self.url}: sent without a length, so a truncated file could not be told from "
+                    "a whole one; fetch it by hand or from a mirror that names lengths"
+                )
             self.validator = named
         self.learn_linked(reply)
         if self.size is not None and total is not None and total != self.size:
@@ -277,16 +279,24 @@ def fetch_part(url, part, size, sha256):
             os.fsync(f.fileno())
     except OSError as e:  # the disk: full, over quota, gone
         remove(part, part + ".json")
-        raise DownloadError(f"{part}: cannot be written: {e.strerror} (at {stream.position} of {stream.total} bytes of "
-                            f"{url}); nothing was left behind: make room or choose another folder") from e
+        raise DownloadError(
+            f"{part}: cannot be written: {e.strerror} (at {stream.position} of {stream.total} bytes of "
+            f"{url}); nothing was left behind: make room or choose another folder"
+        ) from e
     return {"bytes": stream.position, "sha256": stream.hasher.hexdigest(), "published_sha256": bool(stream.sha256)}
 
 
 def write_stream(stream, f, part):
     """Write a stream to the open file f, noting from time to time, and when it ends early, how far it is safe."""
     synced, room_for = stream.position, None
-    with tqdm(desc=os.path.basename(part)[:-5], initial=stream.position, total=stream.total, unit="B", unit_scale=True,
-              disable=None) as bar:
+    with tqdm(
+        desc=os.path.basename(part)[:-5],
+        initial=stream.position,
+        total=stream.total,
+        unit="B",
+        unit_scale=True,
+        disable=None,
+    ) as bar:
         try:
             for chunk in stream:
                 if stream.total != room_for:
@@ -305,7 +315,7 @@ def write_all(f, chunk):
     """An unbuffered write may write less than it was given; the next one then says why."""
     view = memoryview(chunk)
     while view:
-        view = view[f.write(view):]
+        view = view[f.write(view) :]
 
 
 def check_room(stream, part):
@@ -322,9 +332,17 @@ def note_progress(stream, f, part):
     usable_part sees that and throws the part away.
     """
     os.fsync(f.fileno())
-    write_json(part + ".json", {"url": stream.url, "validator": stream.validator, "total": stream.total,
-                                "bytes": stream.position, "sha256": stream.hasher.hexdigest(),
-                                "whole_sha256": stream.sha256})
+    write_json(
+        part + ".json",
+        {
+            "url": stream.url,
+            "validator": stream.validator,
+            "total": stream.total,
+            "bytes": stream.position,
+            "sha256": stream.hasher.hexdigest(),
+            "whole_sha256": stream.sha256,
+        },
+    )
     return stream.position
 
 

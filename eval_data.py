@@ -58,8 +58,10 @@ TRIVIAQA = "https://nlp.cs.washington.edu/triviaqa/data/triviaqa-unfiltered.tar.
 
 def bbh(fetch):
     yield "test", (row for task in BBH_TASKS for row in bbh_rows(task, fetch(f"{BBH}/bbh/{task}.json")))
-    yield "cot_prompts", ({"task": task, "prompt": bbh_prompt(read_text(fetch(f"{BBH}/cot-prompts/{task}.txt")))}
-                          for task in BBH_TASKS)
+    yield (
+        "cot_prompts",
+        ({"task": task, "prompt": bbh_prompt(read_text(fetch(f"{BBH}/cot-prompts/{task}.txt")))} for task in BBH_TASKS),
+    )
 
 
 def bbh_rows(task, path):
@@ -81,9 +83,14 @@ def drop(fetch):
 
 def drop_rows(section, content):
     for pair in content["qa_pairs"]:
-        yield {"section_id": section, "passage": content["passage"], "question": pair["question"],
-               "answer": pair["answer"], "query_id": pair["query_id"],
-               "validated_answers": pair.get("validated_answers", [])}
+        yield {
+            "section_id": section,
+            "passage": content["passage"],
+            "question": pair["question"],
+            "answer": pair["answer"],
+            "query_id": pair["query_id"],
+            "validated_answers": pair.get("validated_answers", []),
+        }
 
 
 def gsm8k(fetch):
@@ -112,10 +119,19 @@ def minerva_examples(source):
 def mmlu(fetch):
     with tarfile.open(fetch(MMLU)) as archive:
         for split in ("dev", "test"):
-            found = {match[1]: member for member in archive.getmembers()
-                     if (match := re.fullmatch(rf"(?:\./)?data/{split}/(\w+)_{split}\.csv", member.name))}
-            yield split, (row for subject, member in sorted(found.items())
-                          for row in mmlu_rows(subject, archive.extractfile(member)))
+            found = {
+                match[1]: member
+                for member in archive.getmembers()
+                if (match := re.fullmatch(rf"(?:\./)?data/{split}/(\w+)_{split}\.csv", member.name))
+            }
+            yield (
+                split,
+                (
+                    row
+                    for subject, member in sorted(found.items())
+                    for row in mmlu_rows(subject, archive.extractfile(member))
+                ),
+            )
 
 
 def mmlu_rows(subject, file):
@@ -128,8 +144,13 @@ def mmlu_rows(subject, file):
 def piqa(fetch):
     labels = read_text(fetch(f"{PIQA}/valid-labels.lst")).split()
     rows = list(json_lines(fetch(f"{PIQA}/valid.jsonl")))
-    yield "valid", ({k: row[k] for k in ("goal", "sol1", "sol2")} | {"label": int(label)}
-                    for row, label in zip(rows, labels, strict=True))
+    yield (
+        "valid",
+        (
+            {k: row[k] for k in ("goal", "sol1", "sol2")} | {"label": int(label)}
+            for row, label in zip(rows, labels, strict=True)
+        ),
+    )
 
 
 def triviaqa(fetch):
@@ -177,7 +198,7 @@ def items(chunks, key):
     at = start.end()
     while True:
         at = re.compile(r"[\s,]*").match(text, at).end()
-        if text[at:at + 1] == "]":
+        if text[at : at + 1] == "]":
             return
         try:
             item, at = decode(text, at)
@@ -205,8 +226,10 @@ def prepare_eval(eval_dir, download_dir, tasks, mirror=""):
             print(f"{name}: failed: {e}")
             failed.append(name)
     if failed:
-        raise DataError(f"no {', '.join(failed)} (see above); the other tasks are in {eval_dir}. Run again, or put "
-                        f"<split>.jsonl there yourself")
+        raise DataError(
+            f"no {', '.join(failed)} (see above); the other tasks are in {eval_dir}. Run again, or put "
+            f"<split>.jsonl there yourself"
+        )
 
 
 def prepare_task(folder, download_dir, name, mirror):
@@ -235,8 +258,16 @@ def prepare_task(folder, download_dir, name, mirror):
             splits[split] = {"rows": write_rows(path, rows), "sha256": sha256_file(path)}
     except DataError:  # a ValueError too, but not about the official file's form
         raise
-    except (LookupError, ValueError, TypeError, EOFError, SyntaxError, tarfile.TarError, zipfile.BadZipFile,
-            zlib.error) as e:
+    except (
+        LookupError,
+        ValueError,
+        TypeError,
+        EOFError,
+        SyntaxError,
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as e:
         reason = " ".join(f"{type(e).__name__}: {e}".split())
         raise DataError(f"{sources[-1]['url']}: not in the form it was published in ({reason})") from e
     write_json(record, {"complete": True, "splits": splits, "downloads": sources})

@@ -99,8 +99,10 @@ def triviaqa_em(text, aliases):
 
 def triviaqa_harness_em(text, aliases):
     """The harness' exact match: lower case with punctuation deleted ('T.S.' is 'ts', articles stay)."""
+
     def plain(s):
         return s.lower().translate(str.maketrans("", "", string.punctuation))
+
     return float(plain(text.strip()) in {plain(a) for a in aliases})
 
 
@@ -264,8 +266,10 @@ def math_answer(text):
 @contextlib.contextmanager
 def time_limit(seconds):
     """TimeoutError after `seconds` (whole ones), where the system has SIGALRM; elsewhere there is no limit."""
+
     def ring(signum, frame):
         raise TimeoutError
+
     if not hasattr(signal, "SIGALRM"):
         yield
         return
@@ -294,6 +298,7 @@ def math_equal(a, b):
         return True
     import sympy
     from sympy.parsing.latex import parse_latex
+
     try:
         with time_limit(5):
             return bool(sympy.simplify(parse_latex(a) - parse_latex(b)) == 0)

@@ -375,8 +375,11 @@ def find_split(eval_dir, name, splits, fetched=True):
     for path in paths:
         if os.path.isfile(path):
             return path
-    what = f"to fetch it: {PREPARE} --tasks={name} --eval_dir={eval_dir}" if fetched else \
-        "prepare_data.py does not fetch it: put it there, or set --shots=0"
+    what = (
+        f"to fetch it: {PREPARE} --tasks={name} --eval_dir={eval_dir}"
+        if fetched
+        else "prepare_data.py does not fetch it: put it there, or set --shots=0"
+    )
     raise TaskError(f"{name}: no {' or '.join(paths)}; {what}")
 
 

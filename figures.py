@@ -69,15 +69,19 @@ def running_mean(values, window):
 
 def print_table(runs):
     """One row a run, from its last evaluation. The gains are the largest over the depth of the composite's."""
-    print(f"{'variant':<12} {'params':>12} {'val_loss':>9} {'bits_per_byte':>13} {'step_ms':>8} {'peak_MB':>8} "
-          f"{'gain_fwd':>9} {'gain_bwd':>9}")
+    print(
+        f"{'variant':<12} {'params':>12} {'val_loss':>9} {'bits_per_byte':>13} {'step_ms':>8} {'peak_MB':>8} "
+        f"{'gain_fwd':>9} {'gain_bwd':>9}"
+    )
     for run in runs:
         last = run.evals[-1]
         gains = (last.get(f"composite_{way}_max") for way in ("fwd", "bwd"))  # the baseline has none
         forward, backward = (f"{max(g):.3g}" if g else "-" for g in gains)
         step_ms = f"{last['step_ms']:.0f}" if last["step_ms"] else "-"  # unknown before the first step
-        print(f"{run.name:<12} {last['params']:>12,} {last['val_loss']:>9.4f} {last['bits_per_byte']:>13.4f} "
-              f"{step_ms:>8} {last['peak_MB']:>8.0f} {forward:>9} {backward:>9}")
+        print(
+            f"{run.name:<12} {last['params']:>12,} {last['val_loss']:>9.4f} {last['bits_per_byte']:>13.4f} "
+            f"{step_ms:>8} {last['peak_MB']:>8.0f} {forward:>9} {backward:>9}"
+        )
 
 
 def look(runs):
@@ -146,8 +150,15 @@ def draw_map(ax, title, M):
         ax.text(n - 0.35, i, f"{M[i].sum():.3g}", fontsize=size, va="center", color="#0072b2")
         ax.text(i, n - 0.25, f"{M[:, i].sum():.3g}", fontsize=size, ha="center", va="center", color="#d55e00")
         for j in range(n):
-            ax.text(j, i, f"{M[i, j]:.2g}", fontsize=size - 1, ha="center", va="center",
-                    color="white" if abs(M[i, j]) > 0.6 else "black")
+            ax.text(
+                j,
+                i,
+                f"{M[i, j]:.2g}",
+                fontsize=size - 1,
+                ha="center",
+                va="center",
+                color="white" if abs(M[i, j]) > 0.6 else "black",
+            )
     ax.set_title(title, fontsize=8)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set_visible(False)
@@ -194,8 +205,11 @@ def draw(runs):
 
 def main():
     folders = [a for a in sys.argv[1:] if not a.startswith("-") and not a.endswith(".py")]
-    configure(globals(), {"figure": one_of("report", "loss", "gains", "maps"), "smooth": between(0, 1)},
-              [a for a in sys.argv[1:] if a not in folders])
+    configure(
+        globals(),
+        {"figure": one_of("report", "loss", "gains", "maps"), "smooth": between(0, 1)},
+        [a for a in sys.argv[1:] if a not in folders],
+    )
     if not folders:
         fail("wanted run folders: python figures.py out/demo/baseline out/demo/hc out/demo/mhc")
     runs = [Run(folder) for folder in folders]

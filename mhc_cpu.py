@@ -334,9 +334,7 @@ class StepCompiled(Function):
     @staticmethod
     def forward(ctx, x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps):
         with torch.autocast(x.device.type, enabled=False):
-            x_next, x_in, *maps, proj, r = compiled(step_whole)(
-                x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps
-            )
+            x_next, x_in, *maps, proj, r = compiled(step_whole)(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps)
         x_next = x if y is None else x_next
         ctx.save_for_backward(x, y, H_post, H_res, phi, alpha, b, x_next, proj, r)
         ctx.sinkhorn_iters = sinkhorn_iters

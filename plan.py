@@ -253,4 +253,3 @@ def measured_bytes(model, idx, targets, autocast=False):
         saved = live.peak = live.now
         loss.backward()
     return saved, live.peak
-

@@ -53,8 +53,18 @@ IGNORED = {  # settings that a dataset does not use; changing one is a mistake
     "shakespeare": [*EVAL_ONLY, "text_key"],
     "c4": [*EVAL_ONLY, "text_key", "val_fraction"],
     "fineweb10b": [*EVAL_ONLY, "text_key", "val_fraction", "bpe_train_mb", "workers"],
-    "eval": ["data_dir", "tokenizer", "tokens", "val_tokens", "val_fraction", "overwrite", "bpe_train_mb",
-             "shard_tokens", "workers", "text_key"],
+    "eval": [
+        "data_dir",
+        "tokenizer",
+        "tokens",
+        "val_tokens",
+        "val_fraction",
+        "overwrite",
+        "bpe_train_mb",
+        "shard_tokens",
+        "workers",
+        "text_key",
+    ],
 }
 RULES = {
     "tokens": (lambda v: v == -1 or v > 0, "a number above 0, or -1 for all"),
@@ -85,7 +95,7 @@ class SplitWriter:
     def write(self, ids):
         """Append tokens up to the limit; returns how many."""
         if self.limit != -1:
-            ids = ids[:self.limit - self.tokens]
+            ids = ids[: self.limit - self.tokens]
         self.tokens += len(ids)
         self.bytes += int(self.lengths[ids].sum())
         self.documents += int((ids == self.eot).sum())
@@ -121,8 +131,13 @@ class SplitWriter:
 
     def info(self):
         """The split's entry in meta.json."""
-        return {"tokens": self.tokens, "bytes": self.bytes, "documents": self.documents,
-                "bytes_per_token": self.bytes / max(self.tokens, 1), "files": self.files}
+        return {
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "documents": self.documents,
+            "bytes_per_token": self.bytes / max(self.tokens, 1),
+            "files": self.files,
+        }
 
     def restore(self, info):
         """Continue after the shards an interrupted run had finished."""
@@ -157,8 +172,10 @@ def write_parts(folder, s, enc, todo, journal):
             journal["splits"] = {k: w.info() for k, w in writers.items()}
             write_json(os.path.join(folder, "journal.json"), journal)
     seconds, n_bytes = time.time() - started, sum(w.bytes for w in writers.values()) - before
-    print(f"tokenised {n_bytes / 1e6:.1f} MB of text in {seconds:.1f} s: {n_bytes / 1e6 / seconds:.1f} MB/s "
-          f"on {n_threads} threads")
+    print(
+        f"tokenised {n_bytes / 1e6:.1f} MB of text in {seconds:.1f} s: {n_bytes / 1e6 / seconds:.1f} MB/s "
+        f"on {n_threads} threads"
+    )
     return {k: w.info() for k, w in writers.items()}
 
 
@@ -170,8 +187,9 @@ IDENTITY = "dataset tokenizer tokens val_tokens val_fraction bpe_train_mb shard_
 
 def prepare(s):
     """Make the corpus that the settings s (a dict) describe; returns its folder. Raises DataError, DownloadError."""
-    s = s | {"val_fraction": s["val_fraction"] if s["val_fraction"] != -1 else
-             0.1 if s["dataset"] == "shakespeare" else 0.02}
+    s = s | {
+        "val_fraction": s["val_fraction"] if s["val_fraction"] != -1 else 0.1 if s["dataset"] == "shakespeare" else 0.02
+    }
     todo = parts(s)
     name = f"{short_name(s['dataset'])}_{s['tokenizer']}"
     final = os.path.normpath(s["data_dir"] or os.path.join(s["data_root"], name))
@@ -209,14 +227,17 @@ def is_complete(final, identity):
     has = meta.get("settings", {})
     other = [f"{k}: it has {has.get(k)!r}, wanted {v!r}" for k, v in identity.items() if has.get(k) != v]
     if other:
-        raise DataError(f"{final}: holds a corpus made with other settings ({'; '.join(other)}); "
-                        "use --overwrite=True, or another --data_dir=")
+        raise DataError(
+            f"{final}: holds a corpus made with other settings ({'; '.join(other)}); "
+            "use --overwrite=True, or another --data_dir="
+        )
     wanted = {f["name"]: f["sha256"] for info in meta["splits"].values() for f in info["files"]}
     for name, sha256 in (wanted | {meta["tokenizer_file"]: meta["tokenizer_sha256"]}).items():
         path = os.path.join(final, name)
         if not os.path.exists(path) or sha256_file(path) != sha256:
-            raise DataError(f"{path}: missing, or altered since it was written; use --overwrite=True to make the "
-                            "corpus anew")
+            raise DataError(
+                f"{path}: missing, or altered since it was written; use --overwrite=True to make the corpus anew"
+            )
     return True
 
 
@@ -227,8 +248,10 @@ def check_room(s, final):
     wanted = max(s["tokens"], 0) * (4 if s["tokenizer"].startswith(("cl100k", "o200k")) else 2)
     free = shutil.disk_usage(parent).free
     if s["dataset"] in ("c4", "fineweb10b") and wanted > free:
-        raise DataError(f"{parent}: {s['tokens']} tokens take {wanted} bytes, {free} are free; "
-                        "ask for fewer --tokens= or name another --data_root=")
+        raise DataError(
+            f"{parent}: {s['tokens']} tokens take {wanted} bytes, {free} are free; "
+            "ask for fewer --tokens= or name another --data_root="
+        )
 
 
 @contextlib.contextmanager
@@ -272,8 +295,10 @@ def write_corpus(folder, s, identity, todo):
         if not journal["parts"]:
             shutil.rmtree(folder)
         if isinstance(e, OSError):
-            raise DataError(f"{folder}: not finished: {e}; nothing half-written was left behind "
-                            "(disk full? make room or name another --data_root=)") from e
+            raise DataError(
+                f"{folder}: not finished: {e}; nothing half-written was left behind "
+                "(disk full? make room or name another --data_root=)"
+            ) from e
         raise
 
 
@@ -310,20 +335,33 @@ def check_splits(s, splits, journal):
     for split, info in splits.items():
         if not info["tokens"]:
             journal.update(parts=[], splits={})
-            raise DataError(f"{s['dataset']}: no text for {split}: there are too few documents for val_fraction="
-                            f"{s['val_fraction']} and tokens={s['tokens']}; name larger ones")
+            raise DataError(
+                f"{s['dataset']}: no text for {split}: there are too few documents for val_fraction="
+                f"{s['val_fraction']} and tokens={s['tokens']}; name larger ones"
+            )
     if splits["train"]["tokens"] < s["tokens"]:
         print(f"note: {s['tokens']:,} training tokens were asked for, but that is all of {s['dataset']}")
 
 
 def write_meta(folder, s, identity, enc, splits, sources):
     """meta.json, the last file of a corpus."""
-    write_json(os.path.join(folder, "meta.json"), {
-        "format": 1, "dataset": s["dataset"], "tokenizer": s["tokenizer"], "vocab_size": enc.n_vocab,
-        "eot": enc.eot_token, "dtype": token_dtype(enc.n_vocab).name, "tokenizer_file": "tokenizer.json",
-        "tokenizer_sha256": sha256_file(os.path.join(folder, "tokenizer.json")),
-        "bytes_per_token": {k: v["bytes_per_token"] for k, v in splits.items()},
-        "splits": splits, "sources": sources, "settings": identity})
+    write_json(
+        os.path.join(folder, "meta.json"),
+        {
+            "format": 1,
+            "dataset": s["dataset"],
+            "tokenizer": s["tokenizer"],
+            "vocab_size": enc.n_vocab,
+            "eot": enc.eot_token,
+            "dtype": token_dtype(enc.n_vocab).name,
+            "tokenizer_file": "tokenizer.json",
+            "tokenizer_sha256": sha256_file(os.path.join(folder, "tokenizer.json")),
+            "bytes_per_token": {k: v["bytes_per_token"] for k, v in splits.items()},
+            "splits": splits,
+            "sources": sources,
+            "settings": identity,
+        },
+    )
     os.remove(os.path.join(folder, "journal.json"))
 
 
@@ -342,8 +380,10 @@ def put_in_place(folder, final):
 def report(final):
     meta = read_meta(final)
     for split, v in meta["splits"].items():
-        print(f"{final}: {split}: {v['tokens']:,} tokens in {v['documents']:,} documents, "
-              f"{v['bytes_per_token']:.3f} bytes a token, vocabulary {meta['vocab_size']}")
+        print(
+            f"{final}: {split}: {v['tokens']:,} tokens in {v['documents']:,} documents, "
+            f"{v['bytes_per_token']:.3f} bytes a token, vocabulary {meta['vocab_size']}"
+        )
 
 
 def main(s):
@@ -351,8 +391,12 @@ def main(s):
     try:
         if s["dataset"] == "eval":
             names = list(TASKS) if s["tasks"] == "all" else s["tasks"].split(",")
-            prepare_eval(s["eval_dir"] or os.path.join(s["data_root"], "eval"),
-                         os.path.join(s["data_root"], "download"), names, s["mirror"])
+            prepare_eval(
+                s["eval_dir"] or os.path.join(s["data_root"], "eval"),
+                os.path.join(s["data_root"], "download"),
+                names,
+                s["mirror"],
+            )
         else:
             prepare(s)
     except (DataError, DownloadError) as e:

@@ -36,8 +36,9 @@ def make_tokenizer(name, texts=(), mirror=""):
     """The tokenizer of this name. `texts`: an iterable of strings, read only to train `bpe<size>`."""
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}  # ids equal UTF-8 bytes
-        return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks,
-                                 special_tokens={ENDOFTEXT: 256}, explicit_n_vocab=257)
+        return tiktoken.Encoding(
+            "bytes", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={ENDOFTEXT: 256}, explicit_n_vocab=257
+        )
     if match := re.fullmatch(r"bpe(\d+)", name):
         return train_bpe(name, texts, int(match[1]))
     return tiktoken_by_name(name, mirror)
@@ -59,10 +60,17 @@ def train_bpe(name, texts, vocab_size):
         words.update(regex.findall(r50k_pat_str, text))
     ranks = merge_pairs([(list(w.encode("utf-8", "replace")), c) for w, c in words.items()], vocab_size - 1)
     if len(ranks) < vocab_size - 1:
-        print(f"tokenizer: the text holds only {len(ranks) - 256} pairs to merge, "
-              f"so {name} has {len(ranks) + 1} tokens, not {vocab_size}")
-    return tiktoken.Encoding(name, pat_str=r50k_pat_str, mergeable_ranks=ranks,
-                             special_tokens={ENDOFTEXT: len(ranks)}, explicit_n_vocab=len(ranks) + 1)
+        print(
+            f"tokenizer: the text holds only {len(ranks) - 256} pairs to merge, "
+            f"so {name} has {len(ranks) + 1} tokens, not {vocab_size}"
+        )
+    return tiktoken.Encoding(
+        name,
+        pat_str=r50k_pat_str,
+        mergeable_ranks=ranks,
+        special_tokens={ENDOFTEXT: len(ranks)},
+        explicit_n_vocab=len(ranks) + 1,
+    )
 
 
 def merge_pairs(words, n_tokens):
@@ -137,8 +145,13 @@ def tiktoken_by_name(name, mirror=""):
         # gpt2 has the ranks of r50k_base. tiktoken builds it from two files of another format; one file is enough.
         enc = tiktoken.get_encoding("r50k_base" if name == "gpt2" else name)
     if name == "gpt2":
-        enc = tiktoken.Encoding("gpt2", pat_str=enc._pat_str, mergeable_ranks=enc._mergeable_ranks,
-                                special_tokens=enc._special_tokens, explicit_n_vocab=50257)
+        enc = tiktoken.Encoding(
+            "gpt2",
+            pat_str=enc._pat_str,
+            mergeable_ranks=enc._mergeable_ranks,
+            special_tokens=enc._special_tokens,
+            explicit_n_vocab=50257,
+        )
     if ENDOFTEXT not in enc.special_tokens_set:
         raise DataError(f"tokenizer {name!r} has no {ENDOFTEXT}, which separates documents; use another")
     return enc
@@ -175,11 +188,13 @@ def where_to_put_ranks(url, error):
     folder = os.environ.get("TIKTOKEN_CACHE_DIR") or os.environ.get("DATA_GYM_CACHE_DIR")
     folder = folder or os.path.join(tempfile.gettempdir(), "data-gym-cache")  # tiktoken's default
     name = hashlib.sha1(url.encode()).hexdigest()
-    return (f"tiktoken's ranks cannot be downloaded ({error})\n"
-            f"  wanted: {url}\n"
-            f"  to do:  fetch that file on a machine with a network, put it at {os.path.join(folder, name)}\n"
-            f"          (the name is the sha1 of the URL; another folder: set TIKTOKEN_CACHE_DIR), and run again;\n"
-            f"          or use --tokenizer=bytes or --tokenizer=bpe<size>, which need no download")
+    return (
+        f"tiktoken's ranks cannot be downloaded ({error})\n"
+        f"  wanted: {url}\n"
+        f"  to do:  fetch that file on a machine with a network, put it at {os.path.join(folder, name)}\n"
+        f"          (the name is the sha1 of the URL; another folder: set TIKTOKEN_CACHE_DIR), and run again;\n"
+        f"          or use --tokenizer=bytes or --tokenizer=bpe<size>, which need no download"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -191,8 +206,9 @@ def encode(enc, text):
     try:
         return enc.encode_to_numpy(text, disallowed_special=())
     except UnicodeEncodeError:  # lone surrogates, which JSON can spell: pairs are joined, the rest become U+FFFD
-        return enc.encode_to_numpy(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"),
-                                   disallowed_special=())
+        return enc.encode_to_numpy(
+            text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), disallowed_special=()
+        )
 
 
 def batches(documents, size=1 << 18):
@@ -249,8 +265,12 @@ def token_lengths(enc):
 def save_tokenizer(enc, path):
     """Write a tokenizer so that load_tokenizer can read it."""
     ranks = sorted(enc._mergeable_ranks.items(), key=lambda item: item[1])
-    spec = {"name": enc.name, "pat_str": enc._pat_str, "special_tokens": enc._special_tokens,
-            "ranks": [[base64.b64encode(token).decode(), rank] for token, rank in ranks]}
+    spec = {
+        "name": enc.name,
+        "pat_str": enc._pat_str,
+        "special_tokens": enc._special_tokens,
+        "ranks": [[base64.b64encode(token).decode(), rank] for token, rank in ranks],
+    }
     with open(path, "w", encoding="utf-8") as f:
         json.dump(spec, f)
         f.flush()
@@ -272,5 +292,9 @@ def read_tokenizer(path):
     """A tokenizer written by save_tokenizer."""
     with open(path, encoding="utf-8") as f:
         spec = json.load(f)
-    return tiktoken.Encoding(spec["name"], pat_str=spec["pat_str"], special_tokens=spec["special_tokens"],
-                             mergeable_ranks={base64.b64decode(token): rank for token, rank in spec["ranks"]})
+    return tiktoken.Encoding(
+        spec["name"],
+        pat_str=spec["pat_str"],
+        special_tokens=spec["special_tokens"],
+        mergeable_ranks={base64.b64decode(token): rank for token, rank in spec["ranks"]},
+    )

@@ -185,8 +185,10 @@ def check_schedule():
     """decay_at and decay_rates belong together."""
     at, rates = numbers("decay_at"), numbers("decay_rates")
     if len(at) != len(rates) or at != sorted(at) or not all(0 <= v <= 1 for v in at + rates):
-        fail(f"decay_at={decay_at!r}, decay_rates={decay_rates!r}: wanted as many of one as of the other, all from 0 "
-             "to 1, the first in rising order")
+        fail(
+            f"decay_at={decay_at!r}, decay_rates={decay_rates!r}: wanted as many of one as of the other, all from 0 "
+            "to 1, the first in rising order"
+        )
 
 
 def check_settings(on):
@@ -463,12 +465,23 @@ def report_step(step, loss, norm, load, step_times, peak, records, state):
     left = (max_steps - step) * statistics.median(step_times[-20:]) / 60
     print(
         f"step {step}/{max_steps}  loss {loss:.4f}  lr {learning_rate(step - 1):.2e}  grad_norm {norm:.3f}  "
-        f"{rate:,.0f} tokens/s" + (f"  mfu {rate * peak:.1%}" if peak else "") + f"  {left:.1f} min left"
+        f"{rate:,.0f} tokens/s"
+        + (f"  mfu {rate * peak:.1%}" if peak else "")
+        + f"  {left:.1f} min left"
         + (f"  NOT FINITE: skipped, {state['skipped']} so far" if state["skips"] else "")
     )
     lr_now = learning_rate(step - 1)
-    records.write({"step": step, "loss": loss, "lr": lr_now, "grad_norm": norm, "expert_load": load,
-                   "skipped": state["skipped"], "step_ms": step_times[-1] * 1e3})
+    records.write(
+        {
+            "step": step,
+            "loss": loss,
+            "lr": lr_now,
+            "grad_norm": norm,
+            "expert_load": load,
+            "skipped": state["skipped"],
+            "step_ms": step_times[-1] * 1e3,
+        }
+    )
 
 
 def main():

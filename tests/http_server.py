@@ -100,10 +100,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_body(file, fault, body)
 
     def send_body(self, file, fault, body):
-        body = body[:fault.get("after", len(body))]
+        body = body[: fault.get("after", len(body))]
         if file.length == "chunked":
             for i in range(0, len(body), 5000):
-                self.wfile.write(b"%x\r\n%s\r\n" % (len(body[i:i + 5000]), body[i:i + 5000]))
+                self.wfile.write(b"%x\r\n%s\r\n" % (len(body[i : i + 5000]), body[i : i + 5000]))
             if "after" not in fault:
                 self.wfile.write(b"0\r\n\r\n")
         else:

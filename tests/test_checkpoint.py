@@ -26,8 +26,20 @@ from model import GPT, GPTConfig
 from tests.ranks import run_ranks
 
 TINY = dict(
-    vocab_size=257, seq_len=16, n_layer=2, n_embd=32, n_head=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
-    v_head_dim=8, intermediate_size=64, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, impl="ref",
+    vocab_size=257,
+    seq_len=16,
+    n_layer=2,
+    n_embd=32,
+    n_head=2,
+    kv_lora_rank=16,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=8,
+    v_head_dim=8,
+    intermediate_size=64,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    impl="ref",
 )
 
 

@@ -21,8 +21,11 @@ def make_corpus(folder, tokens, cuts=(), vocab_size=1000):
         content = shard_header(len(piece), dtype).tobytes() + piece.astype(dtype).tobytes()
         (folder / f"val_{k:06d}.bin").write_bytes(content)
         files.append({"name": f"val_{k:06d}.bin", "tokens": len(piece), "sha256": hashlib.sha256(content).hexdigest()})
-    meta = {"vocab_size": vocab_size, "eot": vocab_size - 1,
-            "splits": {"val": {"tokens": len(tokens), "bytes_per_token": 3.5, "files": files}}}
+    meta = {
+        "vocab_size": vocab_size,
+        "eot": vocab_size - 1,
+        "splits": {"val": {"tokens": len(tokens), "bytes_per_token": 3.5, "files": files}},
+    }
     (folder / "meta.json").write_text(json.dumps(meta))
     return str(folder)
 
@@ -31,9 +34,15 @@ def make_corpus(folder, tokens, cuts=(), vocab_size=1000):
 # Shards and sequences
 
 
-@pytest.mark.parametrize("vocab_size, dtype, magic, version", [
-    (257, np.uint16, 20240520, 1), (65536, np.uint16, 20240520, 1),
-    (65537, np.uint32, 20240801, 7), (129280, np.uint32, 20240801, 7)])
+@pytest.mark.parametrize(
+    "vocab_size, dtype, magic, version",
+    [
+        (257, np.uint16, 20240520, 1),
+        (65536, np.uint16, 20240520, 1),
+        (65537, np.uint32, 20240801, 7),
+        (129280, np.uint32, 20240801, 7),
+    ],
+)
 def test_header(tmp_path, vocab_size, dtype, magic, version):
     assert token_dtype(vocab_size) == dtype
     header = shard_header(123, token_dtype(vocab_size))

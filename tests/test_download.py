@@ -121,8 +121,11 @@ def test_500_429_and_retry_after(server, tmp_path, monkeypatch):
     slept = []
     monkeypatch.setattr(dl.time, "sleep", slept.append)
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 100))
-    file = server.add("/f.bin", CONTENT, faults=[status(500), status(503), status(429, Retry_After="7"),
-                                                 status(429, Retry_After=date)])
+    file = server.add(
+        "/f.bin",
+        CONTENT,
+        faults=[status(500), status(503), status(429, Retry_After="7"), status(429, Retry_After=date)],
+    )
     assert get(server, tmp_path) == CONTENT
     assert len(file.requests) == 5
     assert slept[:3] == [0.001, 0.002, 7.0] and 90 < slept[3] <= 100
@@ -244,8 +247,9 @@ def test_spoilt_part_is_not_used(server, tmp_path, monkeypatch, spoil):
     if spoil == "record":
         (tmp_path / "f.bin.part.json").write_text('{"url": "')
     else:
-        part.write_bytes({"torn": data[:-500], "altered": data[:50] + b"\0\0\0\0" + data[54:],
-                          "longer": data + b"garbage"}[spoil])
+        part.write_bytes(
+            {"torn": data[:-500], "altered": data[:50] + b"\0\0\0\0" + data[54:], "longer": data + b"garbage"}[spoil]
+        )
     assert get(server, tmp_path) == CONTENT
     assert ranges(file) == [f"bytes={len(data)}-" if spoil == "longer" else None]
 
@@ -254,8 +258,14 @@ def test_part_remembers_the_sha256_that_a_redirect_named(server, tmp_path):
     """A part that is whole is not asked for again, so only the note can say what it should be."""
     file = server.add("/f.bin", CONTENT)
     (tmp_path / "f.bin.part").write_bytes(OTHER)
-    note = {"url": server.url + "/f.bin", "validator": '"v1"', "total": len(OTHER), "bytes": len(OTHER),
-            "sha256": hashlib.sha256(OTHER).hexdigest(), "whole_sha256": SHA256}
+    note = {
+        "url": server.url + "/f.bin",
+        "validator": '"v1"',
+        "total": len(OTHER),
+        "bytes": len(OTHER),
+        "sha256": hashlib.sha256(OTHER).hexdigest(),
+        "whole_sha256": SHA256,
+    }
     (tmp_path / "f.bin.part.json").write_text(json.dumps(note))
     assert get(server, tmp_path) == CONTENT and len(file.requests) == 1
 
@@ -264,8 +274,10 @@ def test_killed_download_is_continued(server, tmp_path):
     """kill -9 in the middle; what had been noted on the disk is continued."""
     release = threading.Event()
     file = server.add("/f.bin", CONTENT, faults=[stalled(200_000, release)])
-    code = (f"import download as d; d.SYNC_BYTES = 60_000\n"
-            f"d.download({server.url + '/f.bin'!r}, {str(tmp_path / 'f.bin')!r})")
+    code = (
+        f"import download as d; d.SYNC_BYTES = 60_000\n"
+        f"d.download({server.url + '/f.bin'!r}, {str(tmp_path / 'f.bin')!r})"
+    )
     child = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
     note = tmp_path / "f.bin.part.json"
     deadline = time.time() + 20

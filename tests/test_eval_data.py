@@ -77,8 +77,10 @@ def test_bbh(server, tmp_path):
     assert len(eval_data.BBH_TASKS) == len(prompts) == 27 and len(test) == 54
     assert test[3] == {"task": "causal_judgement", "index": 1, "input": "causal_judgement 1?", "target": "(B)"}
     for i, task in ((0, "boolean_expressions"), (1, "causal_judgement")):
-        assert prompts[i] == {"task": task, "prompt": f"Do {task}.\n\nQ: one\nA: Let's think step by step.\n"
-                                                      "So the answer is é."}
+        assert prompts[i] == {
+            "task": task,
+            "prompt": f"Do {task}.\n\nQ: one\nA: Let's think step by step.\nSo the answer is é.",
+        }
 
 
 def test_drop(server, tmp_path):
@@ -87,11 +89,17 @@ def test_drop(server, tmp_path):
 
     pair = {"question": "Who?", "answer": answer("Ann", "Bo"), "query_id": "q1", "validated_answers": [answer("Ann")]}
     bare = {"question": "When?", "answer": answer("noon"), "query_id": "q2"}
-    files = {"train": {"s_0": {"passage": "P", "qa_pairs": [bare]}},
-             "dev": {"s_1": {"passage": "Ann and Bo.", "qa_pairs": [pair, bare], "wiki_url": "u"},
-                     "s_2": {"passage": "Noon.", "qa_pairs": [bare]}}}
-    server.add("/s3-us-west-2.amazonaws.com/allennlp/datasets/drop/drop_dataset.zip", zipped(
-        {f"drop_dataset/drop_dataset_{split}.json": json.dumps(sections) for split, sections in files.items()}))
+    files = {
+        "train": {"s_0": {"passage": "P", "qa_pairs": [bare]}},
+        "dev": {
+            "s_1": {"passage": "Ann and Bo.", "qa_pairs": [pair, bare], "wiki_url": "u"},
+            "s_2": {"passage": "Noon.", "qa_pairs": [bare]},
+        },
+    }
+    server.add(
+        "/s3-us-west-2.amazonaws.com/allennlp/datasets/drop/drop_dataset.zip",
+        zipped({f"drop_dataset/drop_dataset_{split}.json": json.dumps(sections) for split, sections in files.items()}),
+    )
     run(server, tmp_path, "drop")
     dev = read(tmp_path, "drop", "dev")
     assert dev[0] == {"section_id": "s_1", "passage": "Ann and Bo.", **pair}
@@ -100,10 +108,26 @@ def test_drop(server, tmp_path):
 
 
 def test_gsm8k_and_hellaswag_stay_as_they_are(server, tmp_path):
-    gsm = {split: [{"question": f"{split} {i}: 1+1’s?", "answer": "<<1+1=2>>2\n#### 2"} for i in range(3)]
-           for split in ("train", "test")}
-    swag = {split: [{"ind": 1, "activity_label": "Rolling", "ctx_a": "A", "ctx_b": "b", "ctx": "A b",
-                     "endings": ENDINGS, "label": 2, "source_id": "w"}] * 2 for split in ("train", "val")}
+    gsm = {
+        split: [{"question": f"{split} {i}: 1+1’s?", "answer": "<<1+1=2>>2\n#### 2"} for i in range(3)]
+        for split in ("train", "test")
+    }
+    swag = {
+        split: [
+            {
+                "ind": 1,
+                "activity_label": "Rolling",
+                "ctx_a": "A",
+                "ctx_b": "b",
+                "ctx": "A b",
+                "endings": ENDINGS,
+                "label": 2,
+                "source_id": "w",
+            }
+        ]
+        * 2
+        for split in ("train", "val")
+    }
     for split, rows in gsm.items():
         server.add(f"{GITHUB}/openai/grade-school-math/master/grade_school_math/data/{split}.jsonl", lines(rows))
     for split, rows in swag.items():
@@ -114,15 +138,17 @@ def test_gsm8k_and_hellaswag_stay_as_they_are(server, tmp_path):
 
 
 def test_math_is_partial(server, tmp_path, capsys):
-    source = '''raise SystemExit("this must not be run")
+    source = """raise SystemExit("this must not be run")
 def list_fewshot_samples() -> list[dict]:
     return [{"problem": "Is $1<2$?", "solution": "Yes. \\\\boxed{1}", "few_shot": "1"}]
-'''
-    server.add("/openaipublic.blob.core.windows.net/simple-evals/math_500_test.csv",
-               table([["Question", "Answer"], ["How\nmany, \"x\"?", "\\frac{1}{2}"], ["b", "2"]]))
+"""
+    server.add(
+        "/openaipublic.blob.core.windows.net/simple-evals/math_500_test.csv",
+        table([["Question", "Answer"], ['How\nmany, "x"?', "\\frac{1}{2}"], ["b", "2"]]),
+    )
     server.add(f"{GITHUB}/EleutherAI/lm-evaluation-harness/v0.4.9/lm_eval/tasks/minerva_math/utils.py", source.encode())
     run(server, tmp_path, "math")
-    assert read(tmp_path, "math", "test")[0] == {"problem": "How\nmany, \"x\"?", "answer": "\\frac{1}{2}"}
+    assert read(tmp_path, "math", "test")[0] == {"problem": 'How\nmany, "x"?', "answer": "\\frac{1}{2}"}
     assert read(tmp_path, "math", "fewshot") == [{"problem": "Is $1<2$?", "solution": "Yes. \\boxed{1}"}]
     assert "math: test: 2 rows of 5000: partial" in capsys.readouterr().out
     with pytest.raises(IndexError):
@@ -130,16 +156,22 @@ def list_fewshot_samples() -> list[dict]:
 
 
 def test_mmlu(server, tmp_path):
-    members = {f"data/{split}/{subject}_{split}.csv":
-               table([[f"{subject} {split}, \"q\"\n?", "w", "x", "y", "z", "C"]] * n)
-               for split, n in (("dev", 1), ("test", 2), ("val", 3)) for subject in ("virology", "anatomy")}
+    members = {
+        f"data/{split}/{subject}_{split}.csv": table([[f'{subject} {split}, "q"\n?', "w", "x", "y", "z", "C"]] * n)
+        for split, n in (("dev", 1), ("test", 2), ("val", 3))
+        for subject in ("virology", "anatomy")
+    }
     members["data/auxiliary_train/race.csv"] = table([["q", "w", "x", "y", "z", "A"]])
     server.add("/people.eecs.berkeley.edu/~hendrycks/data.tar", packed("w", members))
     run(server, tmp_path, "mmlu")
     test, dev = read(tmp_path, "mmlu", "test"), read(tmp_path, "mmlu", "dev")
     assert [row["subject"] for row in test] == ["anatomy", "anatomy", "virology", "virology"] and len(dev) == 2
-    assert test[0] == {"subject": "anatomy", "question": "anatomy test, \"q\"\n?", "choices": ["w", "x", "y", "z"],
-                       "answer": 2}
+    assert test[0] == {
+        "subject": "anatomy",
+        "question": 'anatomy test, "q"\n?',
+        "choices": ["w", "x", "y", "z"],
+        "answer": 2,
+    }
 
 
 def test_piqa(server, tmp_path):
@@ -148,7 +180,8 @@ def test_piqa(server, tmp_path):
     labels = server.add(f"{GITHUB}/ybisk/ybisk.github.io/master/piqa/data/valid-labels.lst", b"1\n0\n1\n")
     run(server, tmp_path, "piqa")
     assert read(tmp_path, "piqa", "valid") == [
-        {"goal": f"g{i}", "sol1": "a", "sol2": "b", "label": label} for i, label in enumerate([1, 0, 1])]
+        {"goal": f"g{i}", "sol1": "a", "sol2": "b", "label": label} for i, label in enumerate([1, 0, 1])
+    ]
     labels.content = b"1\n0\n"
     with pytest.raises(DataError, match="no piqa"):
         prepare_eval(str(tmp_path / "b"), str(tmp_path / "d2"), ["piqa"], mirror=server.url)
@@ -156,34 +189,68 @@ def test_piqa(server, tmp_path):
 
 
 def triviaqa_json(split, n):
-    answer = {"Aliases": ["The Sun", "Sol"], "HumanAnswers": ["x"], "MatchedWikiEntityName": "Sun",
-              "NormalizedAliases": ["sun", "sol"], "NormalizedMatchedWikiEntityName": "sun", "NormalizedValue": "sun",
-              "Type": "WikipediaEntity", "Value": "The Sun"}
-    data = [{"Answer": answer, "EntityPages": [], "Question": f"{split} {i}? ]}} \"Data\": [", "QuestionId": f"tc_{i}",
-             "QuestionSource": "http://q/", "SearchResults": [{"Description": "d" * 3000}]} for i in range(n)]
+    answer = {
+        "Aliases": ["The Sun", "Sol"],
+        "HumanAnswers": ["x"],
+        "MatchedWikiEntityName": "Sun",
+        "NormalizedAliases": ["sun", "sol"],
+        "NormalizedMatchedWikiEntityName": "sun",
+        "NormalizedValue": "sun",
+        "Type": "WikipediaEntity",
+        "Value": "The Sun",
+    }
+    data = [
+        {
+            "Answer": answer,
+            "EntityPages": [],
+            "Question": f'{split} {i}? ]}} "Data": [',
+            "QuestionId": f"tc_{i}",
+            "QuestionSource": "http://q/",
+            "SearchResults": [{"Description": "d" * 3000}],
+        }
+        for i in range(n)
+    ]
     return json.dumps({"Data": data, "Domain": "Web", "Split": split}, indent=4).encode()
 
 
 def test_triviaqa(server, tmp_path):
     """Three megabytes of evidence, so that items lie across the chunks that are read."""
-    server.add("/nlp.cs.washington.edu/triviaqa/data/triviaqa-unfiltered.tar.gz", packed("w:gz", {
-        "triviaqa-unfiltered/unfiltered-web-train.json": triviaqa_json("train", 900),
-        "triviaqa-unfiltered/README": b"-", "triviaqa-unfiltered/unfiltered-web-test-without-answers.json": b"{}",
-        "triviaqa-unfiltered/unfiltered-web-dev.json": triviaqa_json("dev", 3)}))
+    server.add(
+        "/nlp.cs.washington.edu/triviaqa/data/triviaqa-unfiltered.tar.gz",
+        packed(
+            "w:gz",
+            {
+                "triviaqa-unfiltered/unfiltered-web-train.json": triviaqa_json("train", 900),
+                "triviaqa-unfiltered/README": b"-",
+                "triviaqa-unfiltered/unfiltered-web-test-without-answers.json": b"{}",
+                "triviaqa-unfiltered/unfiltered-web-dev.json": triviaqa_json("dev", 3),
+            },
+        ),
+    )
     run(server, tmp_path, "triviaqa")
     rows = read(tmp_path, "triviaqa", "train")
     assert [row["question_id"] for row in rows] == [f"tc_{i}" for i in range(900)]
     assert read(tmp_path, "triviaqa", "validation")[1] == {
-        "question": "dev 1? ]} \"Data\": [", "question_id": "tc_1", "question_source": "http://q/", "answer": {
-            "aliases": ["The Sun", "Sol"], "human_answers": ["x"], "matched_wiki_entity_name": "Sun",
-            "normalized_aliases": ["sun", "sol"], "normalized_matched_wiki_entity_name": "sun",
-            "normalized_value": "sun", "type": "WikipediaEntity", "value": "The Sun"}}
+        "question": 'dev 1? ]} "Data": [',
+        "question_id": "tc_1",
+        "question_source": "http://q/",
+        "answer": {
+            "aliases": ["The Sun", "Sol"],
+            "human_answers": ["x"],
+            "matched_wiki_entity_name": "Sun",
+            "normalized_aliases": ["sun", "sol"],
+            "normalized_matched_wiki_entity_name": "sun",
+            "normalized_value": "sun",
+            "type": "WikipediaEntity",
+            "value": "The Sun",
+        },
+    }
 
 
 def test_items_of_a_truncated_list():
     good = '{"a": 1, "Data": [{"x": 1}, {"x": [2, "]"]}], "b": 2}'
     for size in (1, 3, 100):
-        chunks = [good[i:i + size] for i in range(0, len(good), size)]
+        chunks = [good[i : i + size] for i in range(0, len(good), size)]
         assert list(eval_data.items(chunks, "Data")) == [{"x": 1}, {"x": [2, "]"]}]
     assert list(eval_data.items(['{"Data": []}'], "Data")) == []
     for bad in (good[:20], good[:30], good[:43], '{"Rows": []}'):
@@ -197,8 +264,10 @@ def test_items_of_a_truncated_list():
 
 def gsm8k_server(server, **how):
     path = f"{GITHUB}/openai/grade-school-math/master/grade_school_math/data/"
-    return [server.add(f"{path}{split}.jsonl", lines([{"question": split, "answer": "#### 1"}] * 5000), **how)
-            for split in ("train", "test")]
+    return [
+        server.add(f"{path}{split}.jsonl", lines([{"question": split, "answer": "#### 1"}] * 5000), **how)
+        for split in ("train", "test")
+    ]
 
 
 def test_second_run_fetches_nothing_and_repairs(server, tmp_path, capsys):
@@ -247,16 +316,26 @@ def test_one_missing_task_does_not_stop_the_others(server, tmp_path, capsys):
     assert len(read(tmp_path, "gsm8k", "test")) == 5000
 
 
-@pytest.mark.parametrize("task, path, content", [
-    ("mmlu", "/people.eecs.berkeley.edu/~hendrycks/data.tar", b"<html>moved</html>"),
-    ("mmlu", "/people.eecs.berkeley.edu/~hendrycks/data.tar", packed("w", {"other.csv": b"a,b\n"})),
-    ("mmlu", "/people.eecs.berkeley.edu/~hendrycks/data.tar", packed("w", {"data/dev/law_dev.csv": b"q,a,b,c,A\n"})),
-    ("drop", "/s3-us-west-2.amazonaws.com/allennlp/datasets/drop/drop_dataset.zip", b"<html>moved</html>"),
-    ("drop", "/s3-us-west-2.amazonaws.com/allennlp/datasets/drop/drop_dataset.zip", zipped({"other.json": "{}"})),
-    ("triviaqa", "/nlp.cs.washington.edu/triviaqa/data/triviaqa-unfiltered.tar.gz",
-     packed("w:gz", {"unfiltered-web-train.json": triviaqa_json("train", 3)[:-9000]})),
-    ("triviaqa", "/nlp.cs.washington.edu/triviaqa/data/triviaqa-unfiltered.tar.gz", b"\x1f\x8b" + b"x" * 100),
-])
+@pytest.mark.parametrize(
+    "task, path, content",
+    [
+        ("mmlu", "/people.eecs.berkeley.edu/~hendrycks/data.tar", b"<html>moved</html>"),
+        ("mmlu", "/people.eecs.berkeley.edu/~hendrycks/data.tar", packed("w", {"other.csv": b"a,b\n"})),
+        (
+            "mmlu",
+            "/people.eecs.berkeley.edu/~hendrycks/data.tar",
+            packed("w", {"data/dev/law_dev.csv": b"q,a,b,c,A\n"}),
+        ),
+        ("drop", "/s3-us-west-2.amazonaws.com/allennlp/datasets/drop/drop_dataset.zip", b"<html>moved</html>"),
+        ("drop", "/s3-us-west-2.amazonaws.com/allennlp/datasets/drop/drop_dataset.zip", zipped({"other.json": "{}"})),
+        (
+            "triviaqa",
+            "/nlp.cs.washington.edu/triviaqa/data/triviaqa-unfiltered.tar.gz",
+            packed("w:gz", {"unfiltered-web-train.json": triviaqa_json("train", 3)[:-9000]}),
+        ),
+        ("triviaqa", "/nlp.cs.washington.edu/triviaqa/data/triviaqa-unfiltered.tar.gz", b"\x1f\x8b" + b"x" * 100),
+    ],
+)
 def test_official_file_of_another_form(server, tmp_path, capsys, task, path, content):
     server.add(path, content)
     with pytest.raises(DataError, match=f"no {task}"):

@@ -201,8 +201,12 @@ def test_every_parameter_is_initialised():
 
 @pytest.mark.parametrize(
     "name,total,active,vocab",  # the paper's Table 5 to all the digits it gives
-    [("mhc_27b", "27.0B", "4.14B", "662M"), ("mhc_9b", "9.18B", "1.66B", "496M"), ("mhc_3b", "2.97B", "612M", "331M"),
-     ("mhc_3b_1t", "2.97B", "612M", "331M")],
+    [
+        ("mhc_27b", "27.0B", "4.14B", "662M"),
+        ("mhc_9b", "9.18B", "1.66B", "496M"),
+        ("mhc_3b", "2.97B", "612M", "331M"),
+        ("mhc_3b_1t", "2.97B", "612M", "331M"),
+    ],
 )
 def test_parameter_counts_of_the_paper(name, total, active, vocab):
     settings = runpy.run_path(f"config/{name}.py")

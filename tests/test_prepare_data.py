@@ -75,7 +75,7 @@ def documents_of(folder, split):
 
 def without_eot(documents):
     assert all(d.endswith(tok.ENDOFTEXT) for d in documents)
-    return [d[:-len(tok.ENDOFTEXT)] for d in documents]
+    return [d[: -len(tok.ENDOFTEXT)] for d in documents]
 
 
 def hashes(folder):
@@ -128,8 +128,9 @@ def test_result_does_not_depend_on_threads_or_batches(tmp_path, monkeypatch, wor
 def test_shards_are_cut_and_limits_are_exact(tmp_path):
     source = write_jsonl(tmp_path / "t.jsonl", texts(300))
     whole = prepare(settings(tmp_path / "1", dataset=source, val_fraction=0.2))
-    cut = prepare(settings(tmp_path / "2", dataset=source, val_fraction=0.2, shard_tokens=1000, tokens=5500,
-                           val_tokens=1001))
+    cut = prepare(
+        settings(tmp_path / "2", dataset=source, val_fraction=0.2, shard_tokens=1000, tokens=5500, val_tokens=1001)
+    )
     meta = Corpus(cut, "train", 16).meta
     assert [f["tokens"] for f in meta["splits"]["train"]["files"]] == [1000] * 5 + [500]
     assert [f["tokens"] for f in meta["splits"]["val"]["files"]] == [1000, 1]
@@ -181,17 +182,20 @@ def test_long_document_is_shared_out_and_keeps_one_end(tmp_path):
     assert all(t.endswith("\n") for b in pieces for s, t, _ in b if s == "train")
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("t.jsonl", b'{"text": "a"}\n{"text": \n', r"t.jsonl: line 2 is not JSON"),
-    ("t.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', r"t.jsonl: line 3 has no field 'text'; .*--text_key="),
-    ("t.jsonl", b'{"text": 3}\n', r"t.jsonl: line 1: wanted a string in 'text', got int"),
-    ("t.jsonl", b'[1]\n', r"t.jsonl: line 1 has no field 'text'"),
-    ("t.txt", b"caf\xe9", r"t.txt: not UTF-8"),
-    ("t.txt.gz", gzip.compress(b"text" * 1000)[:-9], r"t.txt.gz: damaged or truncated gzip"),
-    ("t.jsonl.gz", b"not gzip", r"t.jsonl.gz: damaged or truncated gzip"),
-    ("t.txt", b"", r"no text for train"),
-    ("t.md", b"", r"wanted a file ending in .txt"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("t.jsonl", b'{"text": "a"}\n{"text": \n', r"t.jsonl: line 2 is not JSON"),
+        ("t.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', r"t.jsonl: line 3 has no field 'text'; .*--text_key="),
+        ("t.jsonl", b'{"text": 3}\n', r"t.jsonl: line 1: wanted a string in 'text', got int"),
+        ("t.jsonl", b"[1]\n", r"t.jsonl: line 1 has no field 'text'"),
+        ("t.txt", b"caf\xe9", r"t.txt: not UTF-8"),
+        ("t.txt.gz", gzip.compress(b"text" * 1000)[:-9], r"t.txt.gz: damaged or truncated gzip"),
+        ("t.jsonl.gz", b"not gzip", r"t.jsonl.gz: damaged or truncated gzip"),
+        ("t.txt", b"", r"no text for train"),
+        ("t.md", b"", r"wanted a file ending in .txt"),
+    ],
+)
 def test_bad_files_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message):
@@ -208,7 +212,7 @@ def test_text_key(tmp_path):
 def test_separator_across_chunks():
     data = b"one<|endoftext|>two<|endoftext|><|endoftext|>three"
     for size in (1, 2, 5, 13, 100):
-        chunks = [data[i:i + size] for i in range(0, len(data), size)]
+        chunks = [data[i : i + size] for i in range(0, len(data), size)]
         assert list(corpora.pieces(chunks, b"<|endoftext|>")) == [b"one", b"two", b"", b"three"]
 
 
@@ -250,7 +254,7 @@ def naive_bpe(words, n_tokens):
             i = 0
             while i < len(parts) - 1:
                 if (parts[i], parts[i + 1]) == best:
-                    parts[i:i + 2] = [best[0] + best[1]]
+                    parts[i : i + 2] = [best[0] + best[1]]
                 i += 1
     return ranks
 
@@ -290,8 +294,11 @@ def test_bpe_is_trained_on_training_text_only(tmp_path):
     folder = prepare(settings(tmp_path, dataset=source, tokenizer="bpe350", val_fraction=0.35))
     val, train = (without_eot(documents_of(folder, split)) for split in ("val", "train"))
     trained = set(tok.make_tokenizer("bpe350", train)._mergeable_ranks)
-    assert set(load_tokenizer(folder)._mergeable_ranks) == trained != set(
-        tok.make_tokenizer("bpe350", train + val)._mergeable_ranks)
+    assert (
+        set(load_tokenizer(folder)._mergeable_ranks)
+        == trained
+        != set(tok.make_tokenizer("bpe350", train + val)._mergeable_ranks)
+    )
 
 
 def test_lone_surrogates_become_replacement_characters():
@@ -329,9 +336,16 @@ def tiny(monkeypatch, tmp_path):
     """A tiktoken encoding 'tiny', whose ranks tiktoken downloads and keeps as it does for its own."""
     tiktoken.list_encoding_names()  # fills the registry
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setitem(tiktoken.registry.ENCODING_CONSTRUCTORS, "tiny", lambda: {
-        "name": "tiny", "pat_str": r"\w+|\W+", "special_tokens": {"<|endoftext|>": 257},
-        "mergeable_ranks": tiktoken.load.load_tiktoken_bpe(RANKS_URL, hashlib.sha256(RANKS).hexdigest())})
+    monkeypatch.setitem(
+        tiktoken.registry.ENCODING_CONSTRUCTORS,
+        "tiny",
+        lambda: {
+            "name": "tiny",
+            "pat_str": r"\w+|\W+",
+            "special_tokens": {"<|endoftext|>": 257},
+            "mergeable_ranks": tiktoken.load.load_tiktoken_bpe(RANKS_URL, hashlib.sha256(RANKS).hexdigest()),
+        },
+    )
     yield tmp_path / "cache" / hashlib.sha1(RANKS_URL.encode()).hexdigest()
     tiktoken.registry.ENCODINGS.pop("tiny", None)
 
@@ -374,11 +388,17 @@ C4_PATH = "/huggingface.co/datasets/allenai/c4/resolve/main/en/"
 
 def c4_server(server, shards=3, n=150):
     """C4 as it is published, but small; returns {name: documents} and {name: served file}."""
-    names = [f"c4-validation.{i:05d}-of-00008.json.gz" for i in range(2)] + \
-        [f"c4-train.{i:05d}-of-01024.json.gz" for i in range(shards)]
+    names = [f"c4-validation.{i:05d}-of-00008.json.gz" for i in range(2)] + [
+        f"c4-train.{i:05d}-of-01024.json.gz" for i in range(shards)
+    ]
     documents = {name: texts(n, seed=10 + i) for i, name in enumerate(names)}
-    packed = {name: b"".join(gzip.compress("".join(json.dumps({"text": t, "url": "u"}) + "\n" for t in half).encode())
-                             for half in (ts[:70], ts[70:])) for name, ts in documents.items()}  # two gzip members
+    packed = {
+        name: b"".join(
+            gzip.compress("".join(json.dumps({"text": t, "url": "u"}) + "\n" for t in half).encode())
+            for half in (ts[:70], ts[70:])
+        )
+        for name, ts in documents.items()
+    }  # two gzip members
     return documents, {name: server.add(C4_PATH + name, content) for name, content in packed.items()}
 
 
@@ -391,16 +411,22 @@ def test_c4_is_read_as_far_as_asked(tmp_path):
         s = settings(tmp_path, dataset="c4", tokens=n_first + 2000, val_tokens=3000, mirror=server.url)
         folder = prepare(s)
         assert [name[:15] for name, f in files.items() if f.requests] == [
-            "c4-validation.0", "c4-train.00000-", "c4-train.00001-"]
+            "c4-validation.0",
+            "c4-train.00000-",
+            "c4-train.00001-",
+        ]
     meta = Corpus(folder, "train", 16).meta
     ids = split_tokens(folder, "train")
     expected = [b for t in train + second for b in [*t.encode(), 256]]
-    assert ids.tolist() == expected[:n_first + 2000]
+    assert ids.tolist() == expected[: n_first + 2000]
     assert split_tokens(folder, "val").tolist() == [b for t in val for b in [*t.encode(), 256]][:3000]
     first = meta["sources"][1]
     assert first["published_sha256"] is False  # this server names none
-    assert first["whole"] and first["sha256"] == hashlib.sha256(
-        files["c4-train.00000-of-01024.json.gz"].content).hexdigest() and first["url"].startswith("https://huggingface.co")
+    assert (
+        first["whole"]
+        and first["sha256"] == hashlib.sha256(files["c4-train.00000-of-01024.json.gz"].content).hexdigest()
+        and first["url"].startswith("https://huggingface.co")
+    )
 
 
 def test_c4_stops_in_the_middle_of_a_shard(tmp_path):
@@ -422,8 +448,17 @@ def test_c4_wants_a_number(tmp_path):
 
 def test_c4_survives_breaks_and_continues_an_interrupted_run(tmp_path):
     def run(folder, server):
-        return prepare(settings(tmp_path / folder, dataset="c4", tokens=15_000, val_tokens=3000, tokenizer="bpe300",
-                                bpe_train_mb=0.01, mirror=server.url))
+        return prepare(
+            settings(
+                tmp_path / folder,
+                dataset="c4",
+                tokens=15_000,
+                val_tokens=3000,
+                tokenizer="bpe300",
+                bpe_train_mb=0.01,
+                mirror=server.url,
+            )
+        )
 
     with serving() as server:
         documents, files = c4_server(server)
@@ -449,8 +484,16 @@ def test_c4_survives_breaks_and_continues_an_interrupted_run(tmp_path):
 def test_interrupted_run_of_other_settings_is_not_continued(tmp_path):
     with serving() as server:
         _, files = c4_server(server)
-        s = settings(tmp_path, dataset="c4", tokens=15_000, val_tokens=3000, mirror=server.url, tokenizer="bpe300",
-                     bpe_train_mb=0.01, data_dir=tmp_path / "data" / "c")
+        s = settings(
+            tmp_path,
+            dataset="c4",
+            tokens=15_000,
+            val_tokens=3000,
+            mirror=server.url,
+            tokenizer="bpe300",
+            bpe_train_mb=0.01,
+            data_dir=tmp_path / "data" / "c",
+        )
         files["c4-train.00001-of-01024.json.gz"].faults[:] = [status(404)]
         with pytest.raises(dl.DownloadError):
             prepare(s)
@@ -469,9 +512,14 @@ def test_what_a_killed_run_left_is_not_used(tmp_path):
     assert load_tokenizer(folder).n_vocab == 300 and "train_000007.bin" not in os.listdir(folder)
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda b: b[:-5], "truncated gzip"), (lambda b: b[:500] + b"\0\0\0\0" + b[504:], "damaged gzip|not JSON"),
-    (lambda b: gzip.compress(b'{"text": "a"}\n{"te'), "line 2 is not JSON")])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda b: b[:-5], "truncated gzip"),
+        (lambda b: b[:500] + b"\0\0\0\0" + b[504:], "damaged gzip|not JSON"),
+        (lambda b: gzip.compress(b'{"text": "a"}\n{"te'), "line 2 is not JSON"),
+    ],
+)
 def test_damaged_c4_is_not_used(tmp_path, monkeypatch, damage, message):
     batches = tok.batches
     monkeypatch.setattr(tok, "batches", lambda documents: batches(documents, size=100))  # something is written before
@@ -508,13 +556,18 @@ def gpt2(monkeypatch):
 def test_fineweb(tmp_path, gpt2):
     rng = np.random.default_rng(0)
     path = "/huggingface.co/datasets/kjj0/fineweb10B-gpt2/resolve/main/fineweb_"
-    shards = {name: rng.integers(0, 50257, n) for name, n in [
-        ("val_000000", 3001), ("train_000001", 70_001), ("train_000002", 60_000), ("train_000003", 9)]}
+    shards = {
+        name: rng.integers(0, 50257, n)
+        for name, n in [("val_000000", 3001), ("train_000001", 70_001), ("train_000002", 60_000), ("train_000003", 9)]
+    }
     with serving() as server:
-        files = {name: server.add(f"{path}{name}.bin", fineweb_shard(ids), faults=[broken(1500)])
-                 for name, ids in shards.items()}
-        s = settings(tmp_path, dataset="fineweb10b", tokenizer="gpt2", tokens=100_000, val_tokens=2000,
-                     mirror=server.url)
+        files = {
+            name: server.add(f"{path}{name}.bin", fineweb_shard(ids), faults=[broken(1500)])
+            for name, ids in shards.items()
+        }
+        s = settings(
+            tmp_path, dataset="fineweb10b", tokenizer="gpt2", tokens=100_000, val_tokens=2000, mirror=server.url
+        )
         folder = prepare(s)
         assert not files["train_000003"].requests
         train = np.concatenate([shards["train_000001"], shards["train_000002"]])[:100_000]
@@ -525,9 +578,12 @@ def test_fineweb(tmp_path, gpt2):
         assert info["bytes"] == lengths.sum() and info["documents"] == (train == 50256).sum()
         with pytest.raises(DataError, match="wanted --tokenizer=gpt2, got bytes"):
             prepare(s | {"tokenizer": "bytes"})
-        bad = {"not a shard": fineweb_shard([1, 2]).replace(b"\1", b"\2", 1), "not a shard of uint16":
-               shard_header(1, token_dtype(70_000)).tobytes() + b"\0" * 4, "says 3 tokens, the file holds 2":
-               shard_header(3, token_dtype(9)).tobytes() + b"\0" * 4, "holds token 50257": fineweb_shard([50257])}
+        bad = {
+            "not a shard": fineweb_shard([1, 2]).replace(b"\1", b"\2", 1),
+            "not a shard of uint16": shard_header(1, token_dtype(70_000)).tobytes() + b"\0" * 4,
+            "says 3 tokens, the file holds 2": shard_header(3, token_dtype(9)).tobytes() + b"\0" * 4,
+            "holds token 50257": fineweb_shard([50257]),
+        }
         for message, content in bad.items():
             files["val_000000"].content = content
             with pytest.raises(DataError, match=message):
@@ -540,7 +596,7 @@ def test_tokens_cut_by_chunks():
     content = fineweb_shard([1, 200, 256, 0])
     for size in (1, 3, 1025, 1026, 5000):
         shard = corpora.TokenShard("val", "http://x/s.bin", "")
-        shard.chunks = lambda size=size: (content[i:i + size] for i in range(0, len(content), size))
+        shard.chunks = lambda size=size: (content[i : i + size] for i in range(0, len(content), size))
         got = list(shard.encoded(tok.make_tokenizer("bytes"), 1))
         assert np.concatenate([ids for _, ids in got]).tolist() == [1, 200, 256, 0]
 
@@ -654,12 +710,18 @@ def test_room_is_looked_at_first(tmp_path, monkeypatch):
 
 
 def start(tmp_path, source):
-    command = [sys.executable, "prepare_data.py", f"--dataset={source}", "--tokenizer=bytes",
-               f"--data_root={tmp_path / 'data'}"]
+    command = [
+        sys.executable,
+        "prepare_data.py",
+        f"--dataset={source}",
+        "--tokenizer=bytes",
+        f"--data_root={tmp_path / 'data'}",
+    ]
     # a shell's background job ignores Ctrl-C, and would hand that down
     heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=heed)
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+    )
     shard, deadline = tmp_path / "data" / "big_bytes.tmp" / "train_000000.bin", time.time() + 20
     while time.time() < deadline and process.poll() is None and not shard.exists():
         time.sleep(0.005)
@@ -687,18 +749,21 @@ def test_ctrl_c_and_kill(tmp_path):
     assert Corpus(folder, "train", 16).meta["splits"]["train"]["documents"] > 17_000
 
 
-@pytest.mark.parametrize("flags, code, message", [
-    (["--tokens=0"], 2, "tokens=0: wanted a number above 0, or -1"),
-    (["--val_fraction=1.5"], 2, "val_fraction=1.5: wanted"),
-    (["--tokeniser=gpt2"], 2, "did you mean tokenizer?"),
-    (["--dataset=nosuch"], 1, "wanted python, shakespeare, c4, fineweb10b, eval, or a file or folder"),
-    (["--tokenizer=bpe"], 1, "unknown tokenizer 'bpe'"),
-    (["--dataset=eval", "--tasks=mmlu,chess"], 1, "unknown task chess: wanted bbh, drop"),
-    (["--dataset=eval", "--tokens=5"], 2, "tokens=5: not used with dataset=eval"),
-    (["--dataset=c4", "--tokens=5", "--val_fraction=0.5"], 2, "val_fraction=0.5: not used with dataset=c4"),
-    (["--tasks=mmlu"], 2, "tasks='mmlu': not used with dataset=python"),
-    (["--tokenizer=bytes", "--bpe_train_mb=1"], 2, "bpe_train_mb=1.0: not used with"),
-])
+@pytest.mark.parametrize(
+    "flags, code, message",
+    [
+        (["--tokens=0"], 2, "tokens=0: wanted a number above 0, or -1"),
+        (["--val_fraction=1.5"], 2, "val_fraction=1.5: wanted"),
+        (["--tokeniser=gpt2"], 2, "did you mean tokenizer?"),
+        (["--dataset=nosuch"], 1, "wanted python, shakespeare, c4, fineweb10b, eval, or a file or folder"),
+        (["--tokenizer=bpe"], 1, "unknown tokenizer 'bpe'"),
+        (["--dataset=eval", "--tasks=mmlu,chess"], 1, "unknown task chess: wanted bbh, drop"),
+        (["--dataset=eval", "--tokens=5"], 2, "tokens=5: not used with dataset=eval"),
+        (["--dataset=c4", "--tokens=5", "--val_fraction=0.5"], 2, "val_fraction=0.5: not used with dataset=c4"),
+        (["--tasks=mmlu"], 2, "tasks='mmlu': not used with dataset=python"),
+        (["--tokenizer=bytes", "--bpe_train_mb=1"], 2, "bpe_train_mb=1.0: not used with"),
+    ],
+)
 def test_command_line_errors_are_one_line(tmp_path, flags, code, message):
     command = [sys.executable, str(ROOT / "prepare_data.py"), *flags]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)

@@ -64,8 +64,9 @@ def test_maps_and_update_equal_the_equations(std, iters, dtype, tolerance):
     args = [torch.tensor(a, dtype=dtype) for a in (x, y, H_post_before, H_res_before, phi, alpha, b)]
     x_next, x_in, H_post, H_res = mhc_step_ref(*args, sinkhorn_iters=iters)
     for t in np.ndindex(B, T):
-        want = np.stack([sum(H_res_before[t][i, j] * x[t][j] for j in range(N)) + H_post_before[t][i] * y[t]
-                         for i in range(N)])  # Eq 3, written out
+        want = np.stack(
+            [sum(H_res_before[t][i, j] * x[t][j] for j in range(N)) + H_post_before[t][i] * y[t] for i in range(N)]
+        )  # Eq 3, written out
         pre, post, res = maps_by_definition(want, phi, alpha, b, iters)
         size = tolerance * max(1, std / 10)  # fp32 logits of size 80 carry an error of 80 eps
         np.testing.assert_allclose(x_next[t], want, atol=tolerance)
@@ -183,8 +184,10 @@ def test_streams_are_expanded_once_and_collapsed_once(monkeypatch):
 
 
 def train_a_little(model, steps=20, seed=0):
-    groups = [{"params": [p for p in model.parameters() if (p.ndim >= 2) == matrix], "weight_decay": 0.1 * matrix}
-              for matrix in (True, False)]
+    groups = [
+        {"params": [p for p in model.parameters() if (p.ndim >= 2) == matrix], "weight_decay": 0.1 * matrix}
+        for matrix in (True, False)
+    ]
     optimizer = torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-20)
     for step in range(steps):
         idx = tokens(seed + step, batch=4)
@@ -223,8 +226,11 @@ def test_dead_maps_have_no_effect_and_that_is_why_they_are_cut(residual, n):
     train_a_little(model, steps=2)  # HC's streams are equal at the start
     model.zero_grad()
     model(tokens(), tokens(1))[1].backward()
-    grads = [(p.norm().item(), alive) for r, live in zip(model.residuals(), lives, strict=True)
-             for p, alive in zip(r.b.grad.split(r.sizes), live, strict=True)]
+    grads = [
+        (p.norm().item(), alive)
+        for r, live in zip(model.residuals(), lives, strict=True)
+        for p, alive in zip(r.b.grad.split(r.sizes), live, strict=True)
+    ]
     dead, alive = ([g for g, a in grads if a == wanted] for wanted in (False, True))
     assert dead and max(dead) < 1e-9 * min(alive)
 

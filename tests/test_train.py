@@ -36,8 +36,15 @@ def runs(tmp_path_factory):
     (root / "more.txt").write_text("\n".join(f"{i} plus {j} is {i + j}." for i in range(60) for j in range(40)))
     call("prepare_data.py", f"--dataset={root}", "--tokenizer=bytes", f"--data_dir={root}/data", "--val_fraction=0.5")
     for residual in ("baseline", "hc", "mhc"):
-        call("train.py", *TINY, f"--data_dir={root}/data", f"--out_dir={root}/{residual}", f"--residual={residual}",
-             "--max_steps=6", "--eval_interval=3")
+        call(
+            "train.py",
+            *TINY,
+            f"--data_dir={root}/data",
+            f"--out_dir={root}/{residual}",
+            f"--residual={residual}",
+            "--max_steps=6",
+            "--eval_interval=3",
+        )
     return root
 
 
