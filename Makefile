@@ -20,7 +20,7 @@ lint: .venv/done
 	.venv/bin/ruff format --check .
 
 drill: .venv/done
-	$(py) drill.py --rounds=$(rounds)
+	$(py) tools/drill.py --rounds=$(rounds)
 
 # Remade when requirements.txt changes.
 .venv/done: requirements.txt

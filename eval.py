@@ -9,8 +9,8 @@
 
 Results go to <run>/eval/results.json after every task (a run that was cut off goes on where it stopped; --fresh=True
 scores again) and to the terminal, beside the paper's 27B models and the score of random guessing. The tasks and their
-prompts are in eval_tasks.py, what counts as right in eval_metrics.py, the model's side in eval_score.py, the table and
-the comparisons in eval_report.py.
+prompts are in evals/tasks.py, what counts as right in evals/metrics.py, the model's side in evals/score.py, the table
+and the comparisons in evals/report.py.
 """
 
 import datetime
@@ -27,16 +27,15 @@ import time
 import torch
 import torch.distributed as dist
 
-import eval_report as report
-import eval_score
 from checkpoint import CheckpointError, find, load_model, run, step_of
 from configurator import at_least, configure, fail, one_of
-from data import Corpus, DataError, read_meta
+from data import Corpus, DataError
 from download import read_record, write_json
-from eval_metrics import choice_scores
-from eval_tasks import TASKS, TaskError, ask, guess, read_task
-from tokenizer import load_tokenizer
-from train import resolve_device
+from evals import report, score
+from evals.metrics import choice_scores
+from evals.tasks import TASKS, TaskError, ask, guess, read_task
+from parallel import resolve_device
+from tokenizer import open_encoding
 
 tasks = "all"  # or a list: loss,bbh,drop,gsm8k,hellaswag,math,mmlu,piqa,triviaqa
 eval_dir = "data/eval"  # <task>/<split>.jsonl, made by prepare_data.py --dataset=eval
@@ -110,12 +109,12 @@ def score_choices(runner, encoding, task, style, given, s):
     choices = [style.choices(row) for row in given["rows"]]
     try:
         items = [
-            [eval_score.encode_pair(encoding, prompt, style.glue + choice) for choice in texts]
+            [score.encode_pair(encoding, prompt, style.glue + choice) for choice in texts]
             for prompt, texts in zip(given["prompts"], choices, strict=True)
         ]
     except ValueError as e:
         raise TaskError(f"{task.title}: {e}; it cannot be scored with this tokenizer") from e
-    scored = eval_score.loglikelihoods(runner, items, given["groups"], s["batch_tokens"], title=task.title)
+    scored = score.loglikelihoods(runner, items, given["groups"], s["batch_tokens"], title=task.title)
     logprobs = [[lp for lp, _ in item] for item in scored]
     golds = [task.gold(row) for row in given["rows"]]
     each = [choice_scores(lp, c, gold) for lp, c, gold in zip(logprobs, choices, golds, strict=True)]
@@ -129,7 +128,7 @@ def score_choices(runner, encoding, task, style, given, s):
 
 def score_texts(runner, encoding, task, style, given, s):
     """-> {metric: [per item]} (on the first process; empty lists on others), the texts, and how many did not fit."""
-    texts = eval_score.generate(
+    texts = score.generate(
         runner, encoding, given["prompts"], given["groups"], style.stops, style.max_new_tokens, s["batch_tokens"],
         task.title,
     )  # fmt: skip
@@ -156,7 +155,7 @@ def task_record(runner, encoding, name, given, s):
 def loss_record(runner, given, s):
     """Score the validation split of a corpus -> as task_record."""
     corpus = given["corpus"]
-    losses = eval_score.sequence_losses(runner, corpus, s["limit"], s["batch_tokens"], "validation loss")
+    losses = score.sequence_losses(runner, corpus, s["limit"], s["batch_tokens"], "validation loss")
     per_byte = 1 / math.log(2) / corpus.bytes_per_token
     uniform = math.log(runner.config.vocab_size)
     return {
@@ -182,21 +181,6 @@ def weights_hash(model):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def open_encoding(s, settings, config):
-    """The checkpoint's tokenizer. Ends the program if there is none, or one with more tokens than the model has."""
-    folder, trained_on = s["data_dir"] or settings["data_dir"], settings["data_dir"]
-    try:
-        encoding = load_tokenizer(folder)
-        if s["data_dir"] and os.path.isdir(trained_on):
-            if read_meta(folder)["tokenizer_sha256"] != read_meta(trained_on)["tokenizer_sha256"]:
-                fail(f"{folder}: its tokenizer is not that of {trained_on}, which the checkpoint was trained on")
-    except DataError as e:
-        fail(f"{e}; --data_dir= names another corpus made with the checkpoint's tokenizer")
-    if encoding.n_vocab > config.vocab_size:
-        fail(f"{folder}: its tokenizer has {encoding.n_vocab} tokens, the model {config.vocab_size}: not the model's")
-    return encoding
 
 
 def versions():
@@ -274,7 +258,7 @@ def evaluate(checkpoint, names, path, results, config, where):
     """
     model, settings = load_model(checkpoint, where)
     encoding = open_encoding(config, settings, model.config)
-    runner = eval_score.Runner(model, dtype, max_length)
+    runner = score.Runner(model, dtype, max_length)
     about = {"checkpoint": checkpoint, "run": run_of(checkpoint), "step": step_of(checkpoint),
              "residual": model.config.residual, "weights": weights_hash(model)}  # fmt: skip
     records, missing = [], []
@@ -327,9 +311,9 @@ def main():
     except OSError as e:
         fail(f"{folder}: the folder for results cannot be made ({e.strerror}); --out_dir= names another")
     if lm_eval:
-        import eval_harness  # here, because lm-eval is no dependency
+        from evals import harness  # here, because lm-eval is no dependency
 
-        return eval_harness.run(checkpoints, lm_eval.split(","), config | {"device": where}, folder, is_main())
+        return harness.run(checkpoints, lm_eval.split(","), config | {"device": where}, folder, is_main())
     names, path = wanted_tasks(), os.path.join(folder, "results.json")
     results = {"versions": versions(), "command": " ".join(sys.argv)}
     results["records"] = read_results(path)

@@ -1,8 +1,7 @@
-"""mHC on a CPU: the boundary between two sublayers with a hand-written backward, as it stands or through torch.compile.
+"""mHC on a CPU: the boundary between two sublayers with a hand-written backward.
 
     x_next, x_in, H_post, H_res = mhc_step(x, y, H_post, H_res, phi, alpha, b)    # impl='eager'
-    x_next, x_in, H_post, H_res = mhc_step_compiled(...)                          # impl='compiled': needs g++
-    x_next = mhc_post_res(x, y, H_post, H_res)                                    # after the last sublayer; _compiled
+    x_next = mhc_post_res(x, y, H_post, H_res)                                    # after the last sublayer
 
 The twins in mhc_ref.py are the mathematics and document arguments and results; this file is the same mathematics
 arranged for a memory hierarchy. Nothing in it but the size of a tile is special to a CPU: any device PyTorch knows runs
@@ -11,12 +10,9 @@ it. The arithmetic is nothing, moving the nC numbers of every token is everythin
   gradients of x_next, each in memory; here the backward is written out, and every sum is made where its terms are read.
 - Sinkhorn lies as (n, n, T), tokens innermost: each half step is one vector operation over tokens. T_c and T_r on log M
   are log_softmax over an outer dimension, and so is their backward an operation that PyTorch has.
-- 'eager' works in tiles: all steps of a pass run over a block of tokens that stays in cache, and scratch memory is a
+- It works in tiles: all steps of a pass run over a block of tokens that stays in cache, and scratch memory is a
   tile, not a tensor (fresh pages of memory cost as much as the arithmetic). H_res x is a batched product of n x n by
   n x C: with C inside, the library's kernel runs at the speed of memory.
-- 'compiled' writes every stream as a (T, C) tensor of its own. Then all that happens to C has one and the same loop,
-  over tokens and C, and the compiler fuses it: one loop before the projection and one after it, forward and backward.
-  As (T, n, n, C) products the same lines become five loops, each of which fetches the streams again.
 
 Saved for backward: x, y, H_post, H_res, x_next (the same tensor that is the next boundary's x, so it costs nothing),
 the projections of Eq 14, and r. Not saved: any state of Sinkhorn. Its backward replays all iterations; from the final
@@ -24,10 +20,6 @@ matrix alone it would be wrong (a relative error above 1 at logits of std 6).
 
 Letters: T tokens (all leading dimensions as one), n streams, C width, K = n^2+2n logits; g_* the gradient of *.
 """
-
-import functools
-import os
-import shutil
 
 import torch
 from torch.autograd import Function
@@ -232,122 +224,6 @@ class Step(Function):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# impl='compiled': the same two passes without tiles, one tensor a stream
-
-
-@functools.cache
-def compiled(function):
-    """torch.compile(function): it compiles at the first call for each n, C, dtype and form, at the second T for any T.
-
-    Raises RuntimeError when there is no C++ compiler.
-    """
-    compiler = os.environ.get("CXX", "g++")
-    if not shutil.which(compiler):
-        raise RuntimeError(f"impl='compiled' wants a C++ compiler, {compiler!r} is not on the PATH: install g++, "
-                           "name another in the variable CXX, or take impl='eager', which needs none")  # fmt: skip
-    # without these limits n = 4 is cut into several loops, each of which would fetch all streams from memory again
-    options = {"max_fusion_size": 1024, "cpp.max_horizontal_fusion_size": 1024}
-    return torch.compile(function, fullgraph=True, options=options)
-
-
-def mix(H, streams):
-    """H (T, n), a list of n streams (T, C) -> sum_j H[j] streams[j]  (T, C)."""
-    return sum(column(H[:, j]) * stream for j, stream in enumerate(streams))
-
-
-def split(x):
-    """x (T, n, C) -> its n streams (T, C) in the arithmetic's dtype."""
-    return [stream.to(map_dtype(x)) for stream in x.unbind(1)]
-
-
-def post_res_whole(x, y, H_post, H_res):
-    """Eq 3: -> x_next (T, n, C)."""
-    xs, n = split(x), x.shape[1]
-    return torch.stack([(mix(H_res[:, i], xs) + column(H_post[:, i]) * y).to(x.dtype) for i in range(n)], 1)
-
-
-def post_res_whole_backward(g, x, y, H_post, H_res):
-    """Eq 3 backward: g, a list of the n gradients of x_next (T, C) -> gradients of x, y, H_post, H_res."""
-    xs, n = split(x), x.shape[1]
-    g_x = torch.stack([mix(H_res[:, :, j], g).to(x.dtype) for j in range(n)], 1)
-    g_H_post = torch.stack([(g[i] * y).sum(1) for i in range(n)], 1)
-    g_H_res = torch.stack([(g[i] * xs[j]).sum(1) for i in range(n) for j in range(n)], 1).unflatten(1, (n, n))
-    return g_x, mix(H_post, g).to(y.dtype), g_H_post.to(H_post.dtype), g_H_res.to(H_res.dtype)
-
-
-def last_whole_backward(g_next, x, y, H_post, H_res):
-    return post_res_whole_backward(split(g_next), x, y, H_post, H_res)
-
-
-def step_whole(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps):
-    """As Step.pass_over. In the first form x_next is not returned: it is x."""
-    T, n, C = x.shape
-    x_next = x if y is None else post_res_whole(x, y, H_post, H_res)
-    xs, dtype = split(x_next), map_dtype(x)
-    proj = phi.to(dtype).t() @ x_next.to(dtype).flatten(1).t()  # (K, T): tokens innermost from the start
-    r = (sum(v * v for v in xs).sum(1) / (n * C) + eps).sqrt()
-    logits, _, _ = logits_of(proj, r, alpha.to(dtype), b.to(dtype), n)
-    x_in = mix(logits[:n].sigmoid().t(), xs).to(x.dtype)
-    return None if y is None else x_next, x_in, *mappings(logits, n, sinkhorn_iters), proj, r
-
-
-def step_whole_backward(
-    g_next, g_in, g_post, g_res, x, y, H_post, H_res, phi, alpha, b, x_next, proj, r, sinkhorn_iters
-):
-    """As Step.backward, with all four gradients given."""
-    T, n, C = x_next.shape
-    xs, dtype = split(x_next), map_dtype(x_next)
-    g_pre = torch.stack([(v * g_in).sum(1) for v in xs])  # (n, T)
-    g_proj, g_half_square, g_alpha, g_b, H_pre = mappings_backward(
-        g_pre, g_post, g_res, proj, r, alpha.to(dtype), b.to(dtype), n, sinkhorn_iters
-    )
-    g_phi = g_proj @ x_next.to(dtype).flatten(1)  # (K, nC)
-    g_v = (g_proj.t() @ phi.to(dtype).t()).unflatten(1, (n, C)).unbind(1)
-    g_norm = column(g_half_square / (n * C))
-    g = [g_v[i] + g_next[:, i] + g_norm * xs[i] + column(H_pre[i]) * g_in for i in range(n)]
-    if y is None:
-        grads = torch.stack(g, 1).to(x_next.dtype), None, None, None
-    else:
-        grads = post_res_whole_backward(g, x, y, H_post, H_res)
-    return *grads, g_phi.t().to(phi.dtype), g_alpha.to(alpha.dtype), g_b.to(b.dtype)
-
-
-class PostResCompiled(Function):
-    """PostRes, compiled."""
-
-    @staticmethod
-    def forward(ctx, x, y, H_post, H_res):
-        ctx.save_for_backward(x, y, H_post, H_res)
-        with torch.autocast(x.device.type, enabled=False):
-            return compiled(post_res_whole)(x, y, H_post, H_res)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g_next):
-        with torch.autocast(g_next.device.type, enabled=False):
-            return compiled(last_whole_backward)(g_next, *ctx.saved_tensors)
-
-
-class StepCompiled(Function):
-    """Step, compiled. Outputs nobody used get gradients of zero: one compiled backward serves all."""
-
-    @staticmethod
-    def forward(ctx, x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps):
-        with torch.autocast(x.device.type, enabled=False):
-            x_next, x_in, *maps, proj, r = compiled(step_whole)(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps)
-        x_next = x if y is None else x_next
-        ctx.save_for_backward(x, y, H_post, H_res, phi, alpha, b, x_next, proj, r)
-        ctx.sinkhorn_iters = sinkhorn_iters
-        return x_next, x_in, *maps
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        with torch.autocast(grads[0].device.type, enabled=False):
-            return *compiled(step_whole_backward)(*grads, *ctx.saved_tensors, ctx.sinkhorn_iters), None, None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def flat(x, y, H_post, H_res):
@@ -357,28 +233,13 @@ def flat(x, y, H_post, H_res):
     return [v if v is None else v.reshape(s).contiguous() for v, s in zip((x, y, H_post, H_res), shapes, strict=True)]
 
 
-def step(function, x, y, H_post, H_res, *args):
-    lead, (n, C) = x.shape[:-2], x.shape[-2:]
-    x_next, x_in, H_post, H_res = function.apply(*flat(x, y, H_post, H_res), *args)
-    return x_next.view(*lead, n, C), x_in.view(*lead, C), H_post.view(*lead, n), H_res.view(*lead, n, n)
-
-
 def mhc_step(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters=20, eps=1e-20):
     """impl='eager' of the boundary between two sublayers: arguments and results as mhc_ref.mhc_step_ref."""
-    return step(Step, x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps)
+    lead, (n, C) = x.shape[:-2], x.shape[-2:]
+    x_next, x_in, H_post, H_res = Step.apply(*flat(x, y, H_post, H_res), phi, alpha, b, sinkhorn_iters, eps)
+    return x_next.view(*lead, n, C), x_in.view(*lead, C), H_post.view(*lead, n), H_res.view(*lead, n, n)
 
 
 def mhc_post_res(x, y, H_post, H_res):
     """impl='eager' of Eq 3 alone, after the last sublayer: arguments and results as mhc_ref.mhc_post_res_ref."""
     return PostRes.apply(*flat(x, y, H_post, H_res)).view(x.shape)
-
-
-def mhc_step_compiled(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters=20, eps=1e-20):
-    """impl='compiled': as mhc_step. Compiles at the first call (half a minute); RuntimeError without a C++ compiler."""
-    function = StepCompiled if x.numel() else Step  # of no tokens there is nothing to compile
-    return step(function, x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps)
-
-
-def mhc_post_res_compiled(x, y, H_post, H_res):
-    """impl='compiled': as mhc_post_res."""
-    return (PostResCompiled if x.numel() else PostRes).apply(*flat(x, y, H_post, H_res)).view(x.shape)

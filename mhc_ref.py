@@ -1,7 +1,7 @@
 """The equations of mHC in plain PyTorch: slow, short, and what every faster path is tested against.
 
 Letters: B batch, T time, n streams, C width of one stream; '...' stands for (B, T) or any other leading dimensions.
-Each function here is the twin of the function of the same name, less `_ref`, in sinkhorn_kernel.py.
+Each function here is the twin of the function of the same name, less `_ref`, in mhc.py.
 Equation numbers are those of arXiv 2512.24880.
 
 The mappings live in fp32 whatever x is (Eq 10-13), or in fp64 when x is fp64, as in the tests.

@@ -18,8 +18,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from mhc import mhc_coeffs, mhc_post_res, mhc_pre, mhc_step
 from mhc_ref import map_dtype
-from sinkhorn_kernel import mhc_coeffs, mhc_post_res, mhc_pre, mhc_step
 
 LOGITS_AT_ONCE = 2**26  # 256 MB in fp32
 
@@ -54,7 +54,7 @@ class GPTConfig:
     sinkhorn_iters: int = 20
     alpha_init: float = 0.01
     collapse: str = "sum"  # or 'head': a learned sigmoid head over the streams
-    impl: str = "auto"  # of mhc_step: see sinkhorn_kernel.py
+    impl: str = "auto"  # of mhc_step: see mhc.py
     # everywhere
     norm_eps: float = 1e-20
     init_std: float = 0.02
@@ -668,11 +668,3 @@ class GPT(nn.Module):
         c = self.config
         head_dims = c.qk_nope_head_dim + c.qk_rope_head_dim + c.v_head_dim
         return 6 * self.num_params()["active"] + 6 * c.n_layer * c.seq_len * c.n_head * head_dims
-
-
-def peak_flops(device_name):
-    """Dense bf16 FLOP/s of a GPU by its name, from the makers' data sheets; None for what is not listed."""
-    for key, peak in (("B200", 2.25e15), ("H200", 989e12), ("H100", 989e12), ("A100", 312e12), ("MI300X", 1307e12)):
-        if key in device_name:
-            return peak
-    return None

@@ -35,7 +35,19 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from configurator import fail
+
 PARALLEL = ("none", "ddp", "fsdp")
+
+
+def resolve_device(device):
+    """'auto' -> the best device there is; a device that is not there ends the program."""
+    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        device = next(name for name, there in found.items() if there)
+    if not found[device]:
+        fail(f"device={device!r}: torch finds none here; wanted one of {[k for k, there in found.items() if there]}")
+    return device
 
 
 def start(parallel="none", device="cpu", shard_size=0, rank_timeout=600):

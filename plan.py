@@ -20,12 +20,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as model_file
-from model import GPT, peak_flops
+from model import GPT
 from parallel import check_batch, check_layout, groups
 from recompute import best_block, block_cost, block_length
 
 MEMORY = {"B200": 180e9, "H200": 141e9, "H100": 80e9, "A100": 80e9, "MI300X": 192e9}  # bytes, from the makers
 COPIES_OF_LOGITS = 3  # of one chunk in the loss: as they come, in fp32, and their gradient
+
+
+def peak_flops(device_name):
+    """Dense bf16 FLOP/s of a GPU by its name, from the makers' data sheets; None for what is not listed."""
+    for key, peak in (("B200", 2.25e15), ("H200", 989e12), ("H100", 989e12), ("A100", 312e12), ("MI300X", 1307e12)):
+        if key in device_name:
+            return peak
+    return None
 
 
 # -- activations ----------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
     python prepare_data.py --dataset=c4 --tokenizer=cl100k_base --tokens=1e9
     python prepare_data.py --dataset=fineweb10b --tokenizer=gpt2 --tokens=1e9
     python prepare_data.py --dataset=path/to/folder --tokenizer=gpt2        # .txt, .jsonl, each also .gz
-    python prepare_data.py --dataset=eval                                   # the tasks of eval.py (see eval_data.py)
+    python prepare_data.py --dataset=eval                                   # the tasks of eval.py (see evals/fetch.py)
 
 The corpus appears at data/<dataset>_<tokenizer>/ when it is whole and not before: it is written beside it and renamed.
 Running the same command again finds it complete. Documents are whole in either train or val, and each is ended by
@@ -24,7 +24,7 @@ from configurator import above, between, configure, fail
 from corpora import parts, text_sha256
 from data import DataError, read_meta, sha256_file, shard_header, token_dtype
 from download import DownloadError, read_record, sync_folder, write_json
-from eval_data import TASKS, prepare_eval
+from evals.fetch import TASKS, prepare_eval
 from tokenizer import make_tokenizer, read_tokenizer, save_tokenizer, token_lengths
 
 # ----------------------------------------------------------------------------------------------------------------------

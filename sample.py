@@ -28,10 +28,9 @@ import torch
 
 from checkpoint import CheckpointError, load_model
 from configurator import at_least, between, configure, fail, one_of
-from eval import open_encoding
-from eval_score import Runner, Vocabulary, continue_rows
-from tokenizer import ENDOFTEXT, encode
-from train import resolve_device
+from evals.score import Runner, Vocabulary, continue_rows
+from parallel import resolve_device
+from tokenizer import ENDOFTEXT, encode, open_encoding
 
 prompt = ""  # text, or FILE:path; "": what is piped in, or else the beginning of a new document
 num_samples = 1  # made at once

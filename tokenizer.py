@@ -26,6 +26,7 @@ import tiktoken.load
 from tiktoken_ext.openai_public import r50k_pat_str
 from tqdm import tqdm
 
+from configurator import fail
 from data import DataError, read_meta, sha256_file
 from download import DownloadError, read_url
 
@@ -298,3 +299,18 @@ def read_tokenizer(path):
         special_tokens=spec["special_tokens"],
         mergeable_ranks={base64.b64decode(token): rank for token, rank in spec["ranks"]},
     )
+
+
+def open_encoding(s, settings, config):
+    """The checkpoint's tokenizer. Ends the program if there is none, or one with more tokens than the model has."""
+    folder, trained_on = s["data_dir"] or settings["data_dir"], settings["data_dir"]
+    try:
+        encoding = load_tokenizer(folder)
+        if s["data_dir"] and os.path.isdir(trained_on):
+            if read_meta(folder)["tokenizer_sha256"] != read_meta(trained_on)["tokenizer_sha256"]:
+                fail(f"{folder}: its tokenizer is not that of {trained_on}, which the checkpoint was trained on")
+    except DataError as e:
+        fail(f"{e}; --data_dir= names another corpus made with the checkpoint's tokenizer")
+    if encoding.n_vocab > config.vocab_size:
+        fail(f"{folder}: its tokenizer has {encoding.n_vocab} tokens, the model {config.vocab_size}: not the model's")
+    return encoding

@@ -31,9 +31,9 @@ import recompute as recomputation
 from configurator import above, at_least, between, configure, fail, one_of
 from data import Corpus, DataError, order
 from gains import alarms, gains, heat_maps, res_gradients, stream_spread
-from model import GPT, GPTConfig, peak_flops
-from parallel import PARALLEL, check_batch, only_rank_0_prints, start
-from sinkhorn_kernel import resolve_impl
+from mhc import resolve_impl
+from model import GPT, GPTConfig
+from parallel import PARALLEL, check_batch, only_rank_0_prints, resolve_device, start
 
 # -- the run --------------------------------------------------------------------------------------------------------
 out_dir = "out/run"
@@ -68,7 +68,7 @@ n_streams = 4  # n, the expansion rate
 sinkhorn_iters = 20  # t_max
 alpha_init = 0.01
 collapse = "sum"  # 'sum' | 'head': how the streams become one again
-impl = "auto"  # of mhc_step: 'auto' | 'ref' | 'eager' | 'compiled' | 'triton'
+impl = "auto"  # of mhc_step: 'auto' | 'ref' | 'eager' | 'triton'
 norm_eps = 1e-20
 init_std = 0.02
 # -- the optimizer --------------------------------------------------------------------------------------------------
@@ -147,16 +147,6 @@ def model_config(settings):
         return GPTConfig(**{f.name: settings[f.name] for f in fields(GPTConfig)})
     except ValueError as e:
         fail(str(e))
-
-
-def resolve_device(device):
-    """'auto' -> the best device there is; a device that is not there ends the program."""
-    found = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if device == "auto":
-        device = next(name for name, there in found.items() if there)
-    if not found[device]:
-        fail(f"device={device!r}: torch finds none here; wanted one of {[k for k, there in found.items() if there]}")
-    return device
 
 
 def learning_rate(step):
@@ -432,7 +422,7 @@ def save(step, model, optimizer, settings, state, records):
 def mfu_per_token_rate(model, ranks):
     """Model FLOPs utilisation at one token a second over all devices; None where a device's peak is not known."""
     known = ranks.device.type == "cuda" and dtype == "bfloat16"  # the peaks are those of bf16
-    peak = peak_flops(torch.cuda.get_device_name()) if known else None
+    peak = plan.peak_flops(torch.cuda.get_device_name()) if known else None
     return model.flops_per_token() / peak / ranks.world if peak else None
 
 

@@ -6,7 +6,7 @@ import os
 import tiktoken
 import torch
 
-from eval_tasks import TASKS, context, drop_golds, read_task, shown
+from evals.tasks import TASKS, context, drop_golds, read_task, shown
 from model import GPT, GPTConfig
 
 BYTES = tiktoken.Encoding(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sinkhorn_kernel
-from kernel_report import hardware_arithmetic
+from tools.kernel_report import hardware_arithmetic
 
 NAMES = ("x", "y", "H_post", "H_res", "phi", "alpha", "b")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

@@ -1,10 +1,10 @@
-"""bench.py: timings in turn, the spread, and what the command line refuses. No timing is judged here."""
+"""tools/bench.py: timings in turn, the spread, and what the command line refuses. No timing is judged here."""
 
 import sys
 
 import pytest
 
-import bench
+from tools import bench
 
 
 def test_every_round_calls_every_function_in_turn():
@@ -26,7 +26,7 @@ def test_spread_is_half_the_quartile_range():
         (["cpu", "--widths=640"], "wanted some of 512, 1280, got '640'"),
         (["cpu", "--tokens=100"], "wanted a multiple of seq_len"),
         (["cpu", "--round=3"], "did you mean rounds"),
-        (["cpu", "--impls=ref,x"], "wanted some of ref, eager, compiled, got 'x'"),
+        (["cpu", "--impls=ref,x"], "wanted some of ref, eager, got 'x'"),
         (["cpu", "--seq_len=0"], "seq_len=0: wanted a number of at least 1"),
         (["memory", "--depths=7"], "wanted even numbers above 0"),
         (["memory", "--rounds=3"], "does not use rounds; it reads depths, n_streams, seed"),
@@ -35,7 +35,7 @@ def test_spread_is_half_the_quartile_range():
     ],
 )
 def test_mistakes_end_with_one_line_and_code_2(args, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bench.py", *args])
+    monkeypatch.setattr(sys, "argv", ["tools/bench.py", *args])
     for name, value in vars(bench).copy().items():
         if type(value) in (bool, int, float, str):
             monkeypatch.setattr(bench, name, value)  # put back afterwards

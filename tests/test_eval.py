@@ -15,9 +15,9 @@ import torch
 
 import checkpoint
 import eval as evaluation
-import eval_report
-from eval_score import Runner
-from eval_tasks import TASKS
+from evals import report
+from evals.score import Runner
+from evals.tasks import TASKS
 from tests.eval_items import BYTES, FILES, rigged, right_answer, tiny, write_files
 
 ROOT = Path(__file__).parent.parent
@@ -259,15 +259,15 @@ def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
 
 
 def test_standard_error_and_paired_comparison_by_hand():
-    assert eval_report.mean_and_error([0, 1, 1, 0]) == pytest.approx((0.5, (1 / 12) ** 0.5))
+    assert report.mean_and_error([0, 1, 1, 0]) == pytest.approx((0.5, (1 / 12) ** 0.5))
     a, b = [1, 0, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0]
-    got = eval_report.paired(a, b, seed=3, resamples=4000)
+    got = report.paired(a, b, seed=3, resamples=4000)
     assert got["difference"] == pytest.approx(1 / 3)
     assert got["se"] == pytest.approx(np.std([0, 1, 0, 0, 1, 0], ddof=1) / 6**0.5)
     assert got["low"] == 0.0 and got["high"] == pytest.approx(2 / 3)  # of Binomial(6, 1/3) / 6
-    assert got == eval_report.paired(a, b, seed=3, resamples=4000) != eval_report.paired(a, b, seed=3, resamples=999)
+    assert got == report.paired(a, b, seed=3, resamples=4000) != report.paired(a, b, seed=3, resamples=999)
     with pytest.raises(ValueError, match="the same items: got 6 and 5"):
-        eval_report.paired(a, b[:5])
+        report.paired(a, b[:5])
 
 
 def test_unlike_items_are_not_compared():
@@ -277,11 +277,11 @@ def test_unlike_items_are_not_compared():
 
     first = record("a")
     for other in (record("b", sha="b"), record("b", seq_len=9), record("b", scores=[1.0])):
-        pairs, unlike = eval_report.comparisons([first, other], 0, 50)
+        pairs, unlike = report.comparisons([first, other], 0, 50)
         assert not pairs and len(unlike) == 1 and "validation: a and b are not compared" in unlike[0]
-    pairs, unlike = eval_report.comparisons([first, record("b")], 0, 50)
+    pairs, unlike = report.comparisons([first, record("b")], 0, 50)
     assert len(pairs) == 1 and not unlike
-    assert "2 of 5 (partial) items" in eval_report.comparison_lines(pairs, {"a": "a", "b": "b"})[0]
+    assert "2 of 5 (partial) items" in report.comparison_lines(pairs, {"a": "a", "b": "b"})[0]
 
 
 def test_the_table_shows_what_differs_between_checkpoints():
@@ -289,14 +289,14 @@ def test_the_table_shows_what_differs_between_checkpoints():
         return {"checkpoint": run, "task": "piqa", "shots": 0, "n": n, "official": 9, "partial": n < 9,
                 "metrics": {"acc": {"value": 0.5, "se": None}}, "random": {"acc": random}}  # fmt: skip
 
-    line = eval_report.table([record("a", 3, 0.5), record("b", 9, 0.25)], {"a": "a", "b": "b"})[2]
+    line = report.table([record("a", 3, 0.5), record("b", 9, 0.25)], {"a": "a", "b": "b"})[2]
     assert "3 of 9 (partial), 9" in line and "50.0, 25.0" in line
 
 
 def test_bootstrap_agrees_with_the_normal_interval():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=3000), rng.normal(0.1, 1, size=3000)
-    got = eval_report.paired(a, b, seed=1, resamples=20_000)
+    got = report.paired(a, b, seed=1, resamples=20_000)
     for key, sign in (("low", -1), ("high", 1)):
         assert (got[key] - got["difference"]) / got["se"] == pytest.approx(sign * 1.96, abs=0.05)
 

@@ -1,4 +1,4 @@
-"""eval_data.py: official files of every form, made small here, fetched from a local server and converted."""
+"""evals/fetch.py: official files of every form, made small here, fetched from a local server and converted."""
 
 import csv
 import io
@@ -10,9 +10,9 @@ import zipfile
 import pytest
 
 import download as dl
-import eval_data
 from data import DataError
-from eval_data import prepare_eval
+from evals import fetch
+from evals.fetch import prepare_eval
 from tests.http_server import broken, serving, status
 
 GITHUB = "/raw.githubusercontent.com"
@@ -66,7 +66,7 @@ def run(server, tmp_path, *tasks):
 
 
 def test_bbh(server, tmp_path):
-    for i, task in enumerate(eval_data.BBH_TASKS):
+    for i, task in enumerate(fetch.BBH_TASKS):
         rows = {"canary": "c", "examples": [{"input": f"{task} {j}?", "target": f"({'AB'[j]})"} for j in range(2)]}
         server.add(f"{GITHUB}/suzgunmirac/BIG-Bench-Hard/main/bbh/{task}.json", json.dumps(rows).encode())
         canary = "Do not train on this. canary GUID\n-----\n" if i else ""
@@ -74,7 +74,7 @@ def test_bbh(server, tmp_path):
         server.add(f"{GITHUB}/suzgunmirac/BIG-Bench-Hard/main/cot-prompts/{task}.txt", prompt.encode())
     run(server, tmp_path, "bbh")
     test, prompts = read(tmp_path, "bbh", "test"), read(tmp_path, "bbh", "cot_prompts")
-    assert len(eval_data.BBH_TASKS) == len(prompts) == 27 and len(test) == 54
+    assert len(fetch.BBH_TASKS) == len(prompts) == 27 and len(test) == 54
     assert test[3] == {"task": "causal_judgement", "index": 1, "input": "causal_judgement 1?", "target": "(B)"}
     for i, task in ((0, "boolean_expressions"), (1, "causal_judgement")):
         assert prompts[i] == {
@@ -152,7 +152,7 @@ def list_fewshot_samples() -> list[dict]:
     assert read(tmp_path, "math", "fewshot") == [{"problem": "Is $1<2$?", "solution": "Yes. \\boxed{1}"}]
     assert "math: test: 2 rows of 5000: partial" in capsys.readouterr().out
     with pytest.raises(IndexError):
-        eval_data.minerva_examples("def other(): return []")
+        fetch.minerva_examples("def other(): return []")
 
 
 def test_mmlu(server, tmp_path):
@@ -251,11 +251,11 @@ def test_items_of_a_truncated_list():
     good = '{"a": 1, "Data": [{"x": 1}, {"x": [2, "]"]}], "b": 2}'
     for size in (1, 3, 100):
         chunks = [good[i : i + size] for i in range(0, len(good), size)]
-        assert list(eval_data.items(chunks, "Data")) == [{"x": 1}, {"x": [2, "]"]}]
-    assert list(eval_data.items(['{"Data": []}'], "Data")) == []
+        assert list(fetch.items(chunks, "Data")) == [{"x": 1}, {"x": [2, "]"]}]
+    assert list(fetch.items(['{"Data": []}'], "Data")) == []
     for bad in (good[:20], good[:30], good[:43], '{"Rows": []}'):
         with pytest.raises(ValueError):
-            list(eval_data.items([bad], "Data"))
+            list(fetch.items([bad], "Data"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def test_our_own_full_disk_is_not_blamed_on_the_official_file(server, tmp_path, 
     def full(path, rows):
         raise DataError(f"{path}: cannot be written: No space left on device")
 
-    monkeypatch.setattr(eval_data, "write_rows", full)
+    monkeypatch.setattr(fetch, "write_rows", full)
     with pytest.raises(DataError, match="no gsm8k"):
         run(server, tmp_path, "gsm8k")
     out = capsys.readouterr().out

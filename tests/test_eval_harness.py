@@ -8,8 +8,8 @@ lm_eval = pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13")
 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-import eval_harness  # noqa: E402
-from eval_score import Runner, encode_pair, generate, loglikelihoods  # noqa: E402
+from evals import harness  # noqa: E402
+from evals.score import Runner, encode_pair, generate, loglikelihoods  # noqa: E402
 from tests.eval_items import BYTES, tiny  # noqa: E402
 
 CHOICE = """
@@ -54,7 +54,7 @@ def test_choices_and_generation_are_ours(model, tmp_path, monkeypatch):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (tmp_path / f"{name}.yaml").write_text(task.replace("FOLDER", str(tmp_path)).replace("STOP", json.dumps(stop)))
     found = lm_eval.simple_evaluate(
-        model=eval_harness.Checkpoint(model=model, encoding=BYTES), tasks=["jars", "towns"], num_fewshot=0,
+        model=harness.Checkpoint(model=model, encoding=BYTES), tasks=["jars", "towns"], num_fewshot=0,
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False), bootstrap_iters=0,
     )  # fmt: skip
     assert found["results"]["towns"]["exact_match,none"] == pytest.approx(2 / 3)  # of the three, the first is wrong
@@ -67,6 +67,6 @@ def test_choices_and_generation_are_ours(model, tmp_path, monkeypatch):
 
 def test_unknown_tasks_end_with_one_line(capsys):
     with pytest.raises(SystemExit) as e:
-        eval_harness.run([], ["arc_eazy"], {}, ".", True)
+        harness.run([], ["arc_eazy"], {}, ".", True)
     said = capsys.readouterr().err
     assert e.value.code == 2 and "lm_eval: lm-evaluation-harness has no task 'arc_eazy'" in said

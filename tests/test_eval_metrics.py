@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-import eval_metrics as em
+from evals import metrics as em
 
 
 def test_acc_norm_divides_by_characters_and_ties_go_to_the_first():

@@ -6,8 +6,8 @@ import pytest
 import tiktoken
 import torch
 
-import eval_score
-from eval_score import Runner, common_prefix, encode_pair, generate, loglikelihoods, plan
+from evals import score
+from evals.score import Runner, common_prefix, encode_pair, generate, loglikelihoods, plan
 from tests.eval_items import BYTES, tiny
 
 
@@ -145,8 +145,8 @@ def test_a_merge_across_the_border():
 
 
 def test_stops_cut_at_the_earliest():
-    assert eval_score.cut(b"ab.c\nd", (b"\n", b".")) == b"ab"
-    assert eval_score.cut(b"abc", (b"\n",)) == b"abc"
+    assert score.cut(b"ab.c\nd", (b"\n", b".")) == b"ab"
+    assert score.cut(b"abc", (b"\n",)) == b"abc"
 
 
 def test_common_prefix():
@@ -171,6 +171,6 @@ def test_plan_covers_every_item_once_within_the_limit():
 def test_max_logits_does_not_change_anything(monkeypatch):
     model, (items, groups) = tiny(seq_len=100), items_and_groups(random.Random(2))
     whole = loglikelihoods(Runner(model), items, groups)
-    monkeypatch.setattr(eval_score, "MAX_LOGITS", 257 * 3)
+    monkeypatch.setattr(score, "MAX_LOGITS", 257 * 3)
     pieces = loglikelihoods(Runner(model), items, groups)
     assert [lp for i in pieces for lp, _ in i] == pytest.approx([lp for i in whole for lp, _ in i], abs=1e-5)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval_tasks import TASKS, TaskError, ask, context, drop_golds, guess, read_task, shown
+from evals.tasks import TASKS, TaskError, ask, context, drop_golds, guess, read_task, shown
 from tests.eval_items import FILES, drop, write_files
 
 HARNESS = {

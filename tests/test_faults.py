@@ -1,6 +1,6 @@
 """Several processes under faults: one dies, hangs, gets a signal or has a full disk; nothing is lost.
 
-drill.py does this with real torchrun, for as many rounds as wanted; its smallest form is run here too.
+tools/drill.py does this with real torchrun, for as many rounds as wanted; its smallest form is run here too.
 """
 
 import math
@@ -14,9 +14,9 @@ import time
 import pytest
 
 import checkpoint
-import drill
 from tests.ranks import Job, train_in_fork
 from tests.test_resume import TINY, at_step, kill_me, last_step, prepare, records
+from tools import drill
 
 MANY = [f for f in TINY if "micro" not in f and "batch_size" not in f] + ["--batch_size=8", "--micro_batch_size=2"]
 
@@ -156,8 +156,8 @@ def test_fsdp_recompute_accumulation_resume(root):
 
 def test_the_drill_in_little(tmp_path):
     """Real torchrun, which brings the run back by itself after a kill -9 of one process inside a save."""
-    command = [sys.executable, "drill.py", "--rounds=1", "--ranks=2", f"--folder={tmp_path / 'drill'}"]
-    cwd = os.path.dirname(drill.__file__)
+    command = [sys.executable, "tools/drill.py", "--rounds=1", "--ranks=2", f"--folder={tmp_path / 'drill'}"]
+    cwd = os.path.dirname(checkpoint.__file__)
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stdout.endswith("1 rounds, 0 lost\n"), done.stdout + done.stderr
     assert "inside a save" in done.stdout and "equal the undisturbed run's, bit for bit" in done.stdout

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kernel_report import SHARED_MEMORY
 from tests.kernel_cases import needs_triton
+from tools.kernel_report import SHARED_MEMORY
 
 pytestmark = needs_triton
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -28,7 +28,7 @@ CASES = BF16 + FORMS + FEWER_STREAMS + DTYPES + EIGHT_STREAMS
 @pytest.fixture(scope="module")
 def reports():
     """Rows of all cases. A process of its own: here the kernels may belong to the interpreter."""
-    code = "import json, torch, kernel_report as k\nrows = []\n"
+    code = "import json, torch\nfrom tools import kernel_report as k\nrows = []\n"
     code += f"for C, n, dtype, form, targets in {CASES}:\n"
     code += "    for row in k.compile_report(C, n, targets, getattr(torch, dtype), form):\n"
     code += "        rows.append(dict(row, C=C, n=n, dtype=dtype, form=form))\nprint(json.dumps(rows))"

@@ -5,8 +5,8 @@ import torch
 
 import mhc_ref
 import sinkhorn_kernel
-from kernel_report import Traffic, example, liger_step, liger_traffic, retune, total, traffic
 from tests.kernel_cases import needs_triton
+from tools.kernel_report import Traffic, example, liger_step, liger_traffic, retune, total, traffic
 
 pytestmark = needs_triton
 if sinkhorn_kernel.triton is not None:

@@ -1,8 +1,4 @@
-"""The CPU's boundary (mhc_cpu.py, impl='eager' and 'compiled') against the twin in float64: values and all gradients.
-
-What is compiled runs here as it is written, uncompiled, since compilation takes long; `python bench.py cpu` compares
-the gradients of what came out of the compiler with the twin's.
-"""
+"""The CPU's boundary (mhc_cpu.py, impl='eager') against the twin in float64: values and all gradients."""
 
 import pytest
 import torch
@@ -57,69 +53,60 @@ def close(args, step=mhc_cpu.mhc_step, twin=mhc_step_ref, **kwargs):
         assert error <= 2 * allowed + 1e-6 * max(1, size), f"result {k}: {error} against {allowed}, size {size}"
 
 
-@pytest.fixture(params=["eager", "whole"])
-def step(request, monkeypatch):
-    """mhc_step of both implementations, the second as it is before it is compiled."""
-    monkeypatch.setattr(mhc_cpu, "compiled", lambda function: function)
-    return mhc_cpu.mhc_step if request.param == "eager" else mhc_cpu.mhc_step_compiled
-
-
 @pytest.mark.parametrize("std", [1, 3, 6, 80])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
-def test_step(step, n, dtype, std):
-    close(inputs(63, n, 33, dtype, std), step)
+def test_step(n, dtype, std):
+    close(inputs(63, n, 33, dtype, std))
 
 
 @pytest.mark.parametrize("T", [0, 1, 63])
 @pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_token_counts_and_first_form(step, T, first, dtype):
+def test_token_counts_and_first_form(T, first, dtype):
     args = inputs(T, 4, 20, dtype)
-    close([args[0], None, None, None, *args[4:]] if first else args, step)
+    close([args[0], None, None, None, *args[4:]] if first else args)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("T", [0, 1, 63])
-def test_last_form(T, dtype, n, monkeypatch):
-    monkeypatch.setattr(mhc_cpu, "compiled", lambda function: function)
-    for post_res in (mhc_cpu.mhc_post_res, mhc_cpu.mhc_post_res_compiled):
-        close(inputs(T, n, 33, dtype)[:4], post_res, mhc_post_res_ref)
+def test_last_form(T, dtype, n):
+    close(inputs(T, n, 33, dtype)[:4], mhc_cpu.mhc_post_res, mhc_post_res_ref)
 
 
 @pytest.mark.parametrize("used", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 1, 0, 0), (0, 0, 1, 1)])
 @pytest.mark.parametrize("first", [False, True])
-def test_unused_outputs(step, used, first):
+def test_unused_outputs(used, first):
     args = inputs(5, 4, 20)
-    close([args[0], None, None, None, *args[4:]] if first else args, step, used=used)
+    close([args[0], None, None, None, *args[4:]] if first else args, used=used)
 
 
-def test_gradcheck(step):
+def test_gradcheck():
     args = [v.requires_grad_() for v in inputs(3, 2, 5, torch.float64, 3)]
-    assert torch.autograd.gradcheck(lambda *a: step(*a, sinkhorn_iters=7, eps=0.1), args)
-    assert torch.autograd.gradcheck(lambda x, *p: step(x, None, None, None, *p), [args[0], *args[4:]])
+    assert torch.autograd.gradcheck(lambda *a: mhc_cpu.mhc_step(*a, sinkhorn_iters=7, eps=0.1), args)
+    assert torch.autograd.gradcheck(lambda x, *p: mhc_cpu.mhc_step(x, None, None, None, *p), [args[0], *args[4:]])
     assert torch.autograd.gradcheck(mhc_cpu.mhc_post_res, args[:4])
 
 
 @pytest.mark.parametrize("sinkhorn_iters, eps", [(0, 1e-20), (1, 0.5), (3, 1e-20)])
-def test_settings_are_heeded(step, sinkhorn_iters, eps):
-    close(inputs(9, 4, 20), step, sinkhorn_iters=sinkhorn_iters, eps=eps)
+def test_settings_are_heeded(sinkhorn_iters, eps):
+    close(inputs(9, 4, 20), sinkhorn_iters=sinkhorn_iters, eps=eps)
 
 
-def test_leading_dimensions_and_strides(step):
+def test_leading_dimensions_and_strides():
     """(B, T, n, C) views with odd strides; a sublayer's output in another dtype than the streams (autocast)."""
     x, y, H_post, H_res, phi, alpha, b = inputs(24, 4, 20)
     lead = [v.unflatten(0, (4, 6)).transpose(0, 1) for v in (x, y, H_post, H_res)]
-    close([*lead, phi, alpha, b], step)
-    close([lead[0], lead[1].bfloat16(), *lead[2:], phi, alpha, b], step)
+    close([*lead, phi, alpha, b])
+    close([lead[0], lead[1].bfloat16(), *lead[2:], phi, alpha, b])
 
 
-def test_autocast_rounds_nothing(step):
+def test_autocast_rounds_nothing():
     args = inputs(24, 4, 20)
-    plain = evaluate(step, args)
+    plain = evaluate(mhc_cpu.mhc_step, args)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = evaluate(step, args)
+        inside = evaluate(mhc_cpu.mhc_step, args)
     assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
 
 
@@ -127,13 +114,6 @@ def test_two_runs_are_equal_to_the_bit():
     args = inputs(63, 4, 33)
     a, b = evaluate(mhc_cpu.mhc_step, args), evaluate(mhc_cpu.mhc_step, args)
     assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
-
-
-def test_compiled_without_a_compiler(monkeypatch):
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    mhc_cpu.compiled.cache_clear()
-    with pytest.raises(RuntimeError, match="no-such-compiler.*eager"):
-        mhc_cpu.mhc_step_compiled(*inputs(3, 2, 4))
 
 
 def chain(step, post_res, x, y, *params):

@@ -70,7 +70,7 @@ def test_losses_gradients_and_counts_are_bit_equal(residual, impl, autocast):
 def test_the_fused_operator_is_replayed(autocast):
     """Triton's kernels, interpreted: a boundary in one operation and in two halves have the same bits."""
     pytest.importorskip("triton")
-    from kernel_report import hardware_arithmetic
+    from tools.kernel_report import hardware_arithmetic
 
     model = make(n_layer=2, impl="triton", seq_len=4, n_embd=16, sinkhorn_iters=2)
     with hardware_arithmetic():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mhc_ref
-from sinkhorn_kernel import mhc_post_res, mhc_step, sinkhorn
+from mhc import mhc_post_res, mhc_step, sinkhorn
 from tests.kernel_cases import (
     DEVICES,
     NAMES,

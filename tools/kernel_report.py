@@ -1,12 +1,12 @@
 """What can be known of the kernels without a GPU: the bytes they ask for, what compilers make of them. With one: times.
 
-    python kernel_report.py traffic [C n tokens]     # Triton's interpreter, every load and store counted; bf16
-    python kernel_report.py compile [C n]            # ahead of time, for three NVIDIA chips and one of AMD; bf16
-    python kernel_report.py gpu [C n tokens]         # times; needs a GPU
-    python kernel_report.py retune [C n tokens]      # the fastest block sizes; needs a GPU, and some minutes
+    python tools/kernel_report.py traffic [C n tokens]     # Triton's interpreter, every load and store counted; bf16
+    python tools/kernel_report.py compile [C n]            # ahead of time, for four chips; bf16
+    python tools/kernel_report.py gpu [C n tokens]         # times; needs a GPU
+    python tools/kernel_report.py retune [C n tokens]      # the fastest block sizes; needs a GPU, and some minutes
 
-`python bench.py traffic`, `kernels`, `gpu` and `retune` print the same. `hardware_arithmetic` is for whoever runs the
-kernels in Triton's interpreter: its numbers mean little without.
+`python tools/bench.py traffic`, `kernels`, `gpu` and `retune` print the same. `hardware_arithmetic` is for whoever runs
+the kernels in Triton's interpreter: its numbers mean little without.
 """
 
 import contextlib
@@ -23,6 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules in the root
 
 
 def round_to_bf16(a):
@@ -208,13 +210,13 @@ def example(C, n, T, dtype=torch.bfloat16, device="cpu", form="middle"):
 
 def run_boundary(tensors, forward=None, backward=None):
     """One boundary forward, then backward, through the operators' own code; each within its context, if any."""
-    import sinkhorn_kernel as sk
+    import mhc
 
     with forward or contextlib.nullcontext():
-        outs = sk.step_op._init_fn(*tensors, 20, 1e-20)
+        outs = mhc.step_op._init_fn(*tensors, 20, 1e-20)
     with backward or contextlib.nullcontext():
         x_next = tensors[0] if tensors[1] is None else outs[0]
-        sk.step_backward_op._init_fn(*outs[:4], *tensors[:4], x_next, *tensors[4:], *outs[4:], 20)
+        mhc.step_backward_op._init_fn(*outs[:4], *tensors[:4], x_next, *tensors[4:], *outs[4:], 20)
 
 
 def traffic(C=2560, n=4, T=1024):
@@ -419,7 +421,7 @@ def print_gpu(C=2560, n=4, T=16384):
     need_gpu()
     from triton.testing import do_bench
 
-    import sinkhorn_kernel as sk
+    import mhc
 
     print(f"{torch.cuda.get_device_name()}: n = {n}, C = {C}, {T} tokens, bf16")
     tensors = example(C, n, T, device="cuda")
@@ -436,7 +438,7 @@ def print_gpu(C=2560, n=4, T=16384):
             ms = event.device_time_total / event.count / 1e3
             print(f"{event.key:26}{ms:8.3f} ms {UNITS[event.key] * unit / ms / 1e6:8.0f} GB/s of streams")
     leaves = [t.requires_grad_() for t in tensors]
-    steps = {"triton": sk.step_op, "twin": sk.mhc_step_ref, "twin compiled": torch.compile(sk.mhc_step_ref)}
+    steps = {"triton": mhc.step_op, "twin": mhc.mhc_step_ref, "twin compiled": torch.compile(mhc.mhc_step_ref)}
     if has_liger():
         steps["Liger"] = liger_step
     for name, step in steps.items():

@@ -9,7 +9,7 @@ From Python, importing this file registers the model 'mhc':
 
     pip install lm-eval==0.4.13 && pytest tests/test_eval_harness.py    # a task of choices, one of generation; offline
 
-lm-eval asks with texts; what it gets comes from eval_score.py, with shared prefixes and on all processes of torchrun.
+lm-eval asks with texts; what it gets comes from evals/score.py, with shared prefixes and on all processes of torchrun.
 """
 
 import os
@@ -21,10 +21,10 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
-import eval_score
 from checkpoint import load_model
 from configurator import fail
 from download import write_json
+from evals import score
 from tokenizer import load_tokenizer
 
 
@@ -42,7 +42,7 @@ class Checkpoint(TemplateLM):
             model, settings = load_model(pretrained, device)
             encoding = load_tokenizer(data_dir or settings["data_dir"])
         self.encoding, self.batch_tokens = encoding, int(batch_tokens)
-        self.runner = eval_score.Runner(model, dtype, int(max_length))
+        self.runner = score.Runner(model, dtype, int(max_length))
 
     @property
     def eot_token_id(self):
@@ -56,7 +56,7 @@ class Checkpoint(TemplateLM):
         items = {}
         for i, request in enumerate(requests):
             items.setdefault((request.task_name, request.doc_id), []).append(i)
-        pairs = [[eval_score.encode_pair(self.encoding, *requests[i].args) for i in item] for item in items.values()]
+        pairs = [[score.encode_pair(self.encoding, *requests[i].args) for i in item] for item in items.values()]
         groups = [task for task, _ in items]
         found = self.score(pairs, groups, disable_tqdm)
         by_request = {i: score for item, scores in zip(items.values(), found, strict=True)
@@ -69,7 +69,7 @@ class Checkpoint(TemplateLM):
 
     def score(self, items, groups, quiet):
         title = "" if quiet else "lm-eval: log-likelihoods"
-        return eval_score.loglikelihoods(self.runner, items, groups, self.batch_tokens, title=title)
+        return score.loglikelihoods(self.runner, items, groups, self.batch_tokens, title=title)
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         """The whole text, in windows that overlap by one token, as lm-eval cuts them."""
@@ -92,7 +92,7 @@ class Checkpoint(TemplateLM):
         for (stops, budget), mine in kinds.items():
             prompts, groups = [requests[i].args[0] for i in mine], [requests[i].task_name for i in mine]
             title = "" if disable_tqdm else "lm-eval: generation"
-            found = eval_score.generate(
+            found = score.generate(
                 self.runner, self.encoding, prompts, groups, [s for s in stops if s], budget, self.batch_tokens, title
             )
             texts.update(zip(mine, found, strict=True))

@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import eval_metrics as em
+from evals import metrics as em
 
 PREPARE = "python prepare_data.py --dataset=eval"
 

@@ -7,7 +7,7 @@ to 1, shown in per cent; `loss` (nats) and `bits_per_byte` are shown as they are
 
 import numpy as np
 
-from eval_tasks import TASKS
+from evals.tasks import TASKS
 
 PLAIN = ("loss", "bits_per_byte")  # no percentages, and less is better
 ITEMS = ("files", "seq_len", "n")  # equal in two records: they are about the same items in the same order

@@ -1,14 +1,14 @@
 """Timings and counts, each a subcommand:
 
-    python bench.py                                  # lists the subcommands
-    python bench.py cpu                              # what HC and mHC add to one real block on this CPU
-    python bench.py cpu --widths=512 --rounds=15 --profile=True
-    python bench.py memory                           # recomputation: bytes saved, and the peak, by block length
-    python bench.py eval                             # 4-choice scoring with and without shared prefixes
-    python bench.py generate                         # one more token after 512: with the latent cache and without
-    python bench.py kernels                          # what compilers make of the Triton kernels; nothing is run
-    python bench.py traffic                          # bytes the Triton kernels ask for, counted in Triton's interpreter
-    python bench.py gpu                              # times of the Triton kernels; needs a GPU
+    python tools/bench.py                                  # lists the subcommands
+    python tools/bench.py cpu                              # what HC and mHC add to one real block on this CPU
+    python tools/bench.py cpu --widths=512 --rounds=15 --profile=True
+    python tools/bench.py memory                           # recomputation: bytes saved, and the peak, by block length
+    python tools/bench.py eval                             # 4-choice scoring with and without shared prefixes
+    python tools/bench.py generate                         # one more token after 512: with the latent cache and without
+    python tools/bench.py kernels                          # what compilers make of the Triton kernels; nothing is run
+    python tools/bench.py traffic                          # bytes the Triton kernels ask for, by its interpreter
+    python tools/bench.py gpu                              # times of the Triton kernels; needs a GPU
 
 Every figure printed is measured in the run that prints it. Rivals are timed in one process and in turn, so that a slow
 minute of the machine hits all of them alike; the median is reported with its spread.
@@ -17,20 +17,22 @@ minute of the machine hits all of them alike; the median is reported with its sp
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import torch
 
-import kernel_report
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules in the root
 import recompute
 from configurator import at_least, between, configure, fail
 from model import GPT, MLA, GPTConfig, LatentCache, MoE, RMSNorm, make_residual, rope_angles
 from plan import measured_bytes
+from tools import kernel_report
 
 # bench.py cpu
 widths = "512,1280"  # widths C to time: 512 (small MoE) and 1280 (the 3B config's block)
 tokens = 2048  # tokens in the batch
 seq_len = 2048  # tokens in one sequence
-impls = "ref,eager,compiled"  # of mHC; compiling takes about a minute a width
+impls = "ref,eager"  # of mHC
 rounds = 9  # timed rounds; each times every variant once
 threads = 0  # CPU threads, 0: what torch chooses
 profile = False  # print torch.profiler's table of each variant instead of times
@@ -195,17 +197,13 @@ def cpu_variants(C):
     for name, variant in made.items():
         if variant is None:
             continue
-        start = time.perf_counter()
         variants[name] = forward_backward(variant, shared)
         variants[name]()
-        first = time.perf_counter() - start
         if name == "mHC ref":
             truth = own_gradients(variant)
-        elif name in ("mHC eager", "mHC compiled") and "mHC ref" in made:
+        elif name == "mHC eager" and "mHC ref" in made:
             pairs = zip(own_gradients(variant), truth, strict=True)
             notes[name] = f"gradients within {max(((a - b).norm() / b.norm()).item() for a, b in pairs):.0e} of ref's"
-        if name == "mHC compiled":
-            notes[name] = notes.get(name, "") + f" first call {first:.0f} s, nearly all compilation"
     return variants, notes
 
 
@@ -232,13 +230,12 @@ def cpu():
     """What HC and mHC add to one transformer block, forward and backward, on this CPU."""
     if tokens % seq_len:
         fail(f"tokens={tokens}: wanted a multiple of seq_len={seq_len}")
-    some_of("impls", ("ref", "eager", "compiled"))  # those that run on a CPU
+    some_of("impls", ("ref", "eager"))  # those that run on a CPU
     chosen = [int(C) for C in some_of("widths", list(map(str, SHAPES)))]  # only these have a block
     torch.set_num_threads(threads or torch.get_num_threads())
     torch.manual_seed(seed)
     for C in chosen:
-        with torch._inductor.config.patch(force_disable_caches=True):  # compile time as a first user sees it
-            variants, notes = cpu_variants(C)
+        variants, notes = cpu_variants(C)
         if not profile:
             print_cpu_table(C, time_in_turn(variants, rounds), notes)
         for name, step in variants.items() if profile else ():
@@ -261,8 +258,8 @@ CONTEXT = 4096  # tokens; a longer prompt would be cut on the left and share not
 
 
 def evaluation():
-    """4-choice questions behind long few-shot prompts: every sequence whole, and with shared prefixes (eval_score)."""
-    from eval_score import Runner, loglikelihoods
+    """4-choice questions behind long few-shot prompts: every sequence whole, and with shared prefixes (evals/score.py)."""
+    from evals.score import Runner, loglikelihoods
 
     if threads:
         torch.set_num_threads(threads)
@@ -413,7 +410,7 @@ def main():
     names = ", ".join(COMMANDS)
     if len(sys.argv) < 2 or sys.argv[1] not in COMMANDS:
         for name, function in COMMANDS.items():
-            print(f"  python bench.py {name:<10} {function.__doc__.splitlines()[0]}")
+            print(f"  python tools/bench.py {name:<10} {function.__doc__.splitlines()[0]}")
         if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
             raise SystemExit(0)
         print(f"error: {sys.argv[1]!r}: wanted one of {names} as the first argument", file=sys.stderr)
@@ -422,7 +419,7 @@ def main():
     settings = configure(globals(), RULES)
     mine = SETTINGS.get(name, ())
     if foreign := [k for k, v in settings.items() if v != defaults[k] and k not in mine]:
-        fail(f"bench.py {name} does not use {', '.join(foreign)}; it reads {', '.join(mine) or 'no settings'}")
+        fail(f"tools/bench.py {name} does not use {', '.join(foreign)}; it reads {', '.join(mine) or 'no settings'}")
     COMMANDS[name]()
 
 

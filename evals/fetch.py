@@ -30,9 +30,9 @@ import tarfile
 import zipfile
 import zlib
 
-import eval_tasks
 from data import DataError, sha256_file
 from download import DownloadError, download, read_record, sync_folder, write_json
+from evals import tasks
 
 RAW = "https://raw.githubusercontent.com"
 BLOB = "https://openaipublic.blob.core.windows.net/simple-evals"
@@ -272,7 +272,7 @@ def prepare_task(folder, download_dir, name, mirror):
         raise DataError(f"{sources[-1]['url']}: not in the form it was published in ({reason})") from e
     write_json(record, {"complete": True, "splits": splits, "downloads": sources})
     sync_folder(folder)
-    task = eval_tasks.TASKS[name]
+    task = tasks.TASKS[name]
     for split, s in splits.items():
         partial = split in task.tests and s["rows"] not in task.sizes
         print(f"{name}: {split}: {s['rows']} rows" + (f" of {task.sizes[0]}: partial" if partial else ""))

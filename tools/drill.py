@@ -1,7 +1,7 @@
 """Break a training run on purpose, over and over, and show that nothing is lost but the steps since the last save.
 
-    python drill.py --rounds=50              # about 20 minutes on two cores; `make drill`
-    python drill.py --rounds=12 --seed=3     # every kind of fault once
+    python tools/drill.py --rounds=50              # about 20 minutes on two cores; `make drill`
+    python tools/drill.py --rounds=12 --seed=3     # every kind of fault once
 
 One tiny run of `ranks` gloo processes under torchrun --max-restarts is disturbed once a round, in the middle of
 training or of a save. After each fault the run has to come back, through torchrun or through the same command given
@@ -29,9 +29,11 @@ import sys
 import threading
 import time
 import uuid
+from pathlib import Path
 
 from safetensors.torch import load_file
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules in the root
 import checkpoint
 from configurator import at_least, configure, one_of
 
@@ -427,7 +429,7 @@ def drill():
 
 def main():
     configure(globals(), RULES)
-    os.chdir(os.path.dirname(os.path.abspath(__file__)))
+    os.chdir(Path(__file__).resolve().parent.parent)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))  # through `finally`: no orphans
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
