@@ -4,7 +4,8 @@
 
 From Python, importing this file registers the model 'mhc':
 
-    import lm_eval, eval_harness
+    import lm_eval
+    from evals import harness
     lm_eval.simple_evaluate(model="mhc", model_args="pretrained=out/demo/mhc", tasks=["arc_easy"])
 
     pip install lm-eval==0.4.13 && pytest tests/test_eval_harness.py    # a task of choices, one of generation; offline

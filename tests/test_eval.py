@@ -243,7 +243,7 @@ def test_a_merge_that_leaves_a_choice_no_token_is_told(command, monkeypatch, cap
     def none_left(*pair):
         raise ValueError("the continuation ' x' has no tokens of its own")
 
-    monkeypatch.setattr(evaluation.eval_score, "encode_pair", none_left)
+    monkeypatch.setattr(evaluation.score, "encode_pair", none_left)
     with pytest.raises(SystemExit):
         command("mhc", "--tasks=piqa", "--out_dir=merged")
     assert "missing: PIQA: the continuation ' x' has no tokens of its own; it cannot be" in capsys.readouterr().out

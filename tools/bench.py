@@ -258,7 +258,7 @@ CONTEXT = 4096  # tokens; a longer prompt would be cut on the left and share not
 
 
 def evaluation():
-    """4-choice questions behind long few-shot prompts: every sequence whole, and with shared prefixes (evals/score.py)."""
+    """4-choice questions behind long few-shot prompts: whole sequences, and shared prefixes (evals/score.py)."""
     from evals.score import Runner, loglikelihoods
 
     if threads:
