@@ -262,7 +262,7 @@ def save(out_dir, step, model, optimizer, state, settings, keep=2, best=False):
 
     state: a dict of what else the run needs to go on, as JSON can hold it; load() returns it.
     settings: the run's settings; load_model() finds the GPTConfig in them.
-    keep: whole checkpoints left in place, at least 2, so that one that rots has another behind it. Room is needed for
+    keep: complete checkpoints to retain; at least 2, so that a corrupted one has a fallback. Room is needed for
     keep + 1, and one more for the best: the newest saved with best=True is kept besides.
     Raises CheckpointError on every process if it fails on one (a full disk, say); what was there before is untouched.
     """

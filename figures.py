@@ -85,7 +85,7 @@ def print_table(runs):
 
 
 def look(runs):
-    """{run: colour and line style}: colour by residual, style by the how-manieth run of it."""
+    """{run: colour and line style}: colour by residual, line style by the run's index among those of its residual."""
     seen, looks = {}, {}
     for run in runs:
         k = seen[run.residual] = seen.get(run.residual, -1) + 1

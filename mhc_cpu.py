@@ -5,7 +5,7 @@
 
 The twins in mhc_ref.py are the mathematics and document arguments and results; this file is the same mathematics
 arranged for a memory hierarchy. Nothing in it but the size of a tile is special to a CPU: any device PyTorch knows runs
-it. The arithmetic is nothing, moving the nC numbers of every token is everything. So:
+it. Arithmetic is cheap; the time goes into moving the nC numbers of every token. So:
 - One autograd function a boundary. Autograd over the twin keeps and sums (T, n, n, C) products and adds three
   gradients of x_next, each in memory; here the backward is written out, and every sum is made where its terms are read.
 - Sinkhorn lies as (n, n, T), tokens innermost: each half step is one vector operation over tokens. T_c and T_r on log M

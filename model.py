@@ -394,7 +394,7 @@ class Gate(nn.Module):
 
     def forward(self, x):
         """x (N, C) -> weights (N, k), which sum to route_scale, and expert numbers (N, k)."""
-        with torch.autocast(x.device.type, enabled=False):  # which expert is picked must not hang on bf16 rounding
+        with torch.autocast(x.device.type, enabled=False):  # which expert is picked must not depend on bf16 rounding
             wide = map_dtype(x)
             scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()  # (N, E)
         experts = (scores.detach() + self.e_score_correction_bias).topk(self.k, -1).indices

@@ -14,7 +14,7 @@
 
 The groups of FSDP2, each gathered whole when it is run and cut again after:
     every F (an attention, an FFN)   in bf16 when dtype is bfloat16; the shards, gradients and optimizer are fp32
-    the gate of a mixture            fp32: which expert is picked must not hang on bf16 rounding
+    the gate of a mixture            fp32: which expert is picked must not depend on bf16 rounding
     the embedding                    as F
     the root: all the rest           fp32: phi, alpha, b of the mappings (Eq 10-13: never rounded), norms, final head
 The mappings and norms of all sublayers are gathered together, once a forward, and stay until the end of its backward:

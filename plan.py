@@ -1,4 +1,4 @@
-"""What a run would take, reckoned before anything is allocated: parameters, memory, communication, days.
+"""What a run would take, estimated before anything is allocated: parameters, memory, communication, days.
 
     python train.py config/mhc_27b.py --dry_run=True
     python train.py config/mhc_27b.py --dry_run=True --plan_devices=64 --shard_size=8 --recompute=none

@@ -113,7 +113,7 @@ class Kept:
         self.f, self.y = f, None
 
     def __call__(self, z):
-        z = Marked.apply(z)  # in the replay too: it is how z gets out of it
+        z = Marked.apply(z)  # in the replay too, which hands z back through it
         if self.y is not None:
             return self.y
         source = Input(z)

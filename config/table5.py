@@ -34,7 +34,7 @@ micro_batch_size = 1
 parallel = "fsdp"
 recompute = "mhc"
 reduce_always = True  # hundreds of micro-batches a step on one node: whole gradients would not fit between them
-plan_devices = 8  # what --dry_run=True reckons with
+plan_devices = 8  # what --dry_run=True plans for
 eval_interval = 1000
 eval_sequences = 256
 checkpoint_interval = 500

@@ -185,7 +185,7 @@ def forward_backward(variant, shared):
 
 
 def cpu_variants(C):
-    """{name: forward-and-backward function}, baseline first; and {name: what is to be said beside its times}."""
+    """{name: forward-and-backward function}, baseline first; and {name: note printed next to its timing}."""
     sublayers, shared = block_sublayers(C)
     made = {"baseline": make_variant(C, "baseline", "auto", sublayers), "HC": make_variant(C, "hc", "auto", sublayers)}
     for impl in impls.split(","):

@@ -1,4 +1,4 @@
-"""What can be known of the kernels without a GPU: the bytes they ask for, what compilers make of them. With one: times.
+"""Kernel reports. Without a GPU: memory traffic (interpreter) and registers and spills (compiler). With one: timings.
 
     python tools/kernel_report.py traffic [C n tokens]     # Triton's interpreter, every load and store counted; bf16
     python tools/kernel_report.py compile [C n]            # ahead of time, for four chips; bf16
