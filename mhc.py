@@ -252,17 +252,29 @@ def check_for_triton(x, **fp32):
             raise ValueError(f"impl='triton' wants {name} in fp32 (Eq 10-13), got {t.dtype}: leave it uncast")
 
 
-def mhc_step(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters=20, eps=1e-20, impl="auto"):
+def mhc_step(
+    x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters=20, eps=1e-20, impl="auto", H_pre=None, manifold=None
+):  # fmt: skip
     """The boundary between two sublayers: close the one before (Eq 3), map and read for the one after (Eq 7-9).
 
     x (..., n, C); y (..., C), H_post (..., n), H_res (..., n, n) of the sublayer before, all three None at the first;
     phi (nC, n^2+2n), alpha (3,), b (n^2+2n,) of the sublayer after. -> x_next (..., n, C), x_in (..., C), and H_post
     and H_res of the sublayer after. x_next is x itself in the first form. impl: see resolve_impl.
+
+    H_pre (..., n), if given, makes it single-pass mHC: x_next is read through it, the H_pre of the boundary before (at
+    the first: one-hot, stream 0), and the one made here is returned for the boundary after:
+    -> x_next, x_in, H_pre, H_post, H_res.
+
+    manifold, if given, takes Sinkhorn's place: a differentiable function of the K logits of H_res, (..., K) in fp32 ->
+    H_res (..., n, n); phi and b then have 2n + K columns.
     """
     impl = resolve_impl(impl, x.device, x.shape[-2])
     args = (x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps)
     if impl == "ref":
-        return mhc_step_ref(*args)
+        return mhc_step_ref(*args, H_pre, manifold)
+    if H_pre is not None or manifold is not None:
+        what = "H_pre (single-pass mHC)" if H_pre is not None else "a manifold"
+        raise ValueError(f"impl={impl!r} does not take {what} yet: use impl='ref'")
     if impl == "eager":
         return mhc_cpu.mhc_step(*args)
     check_for_triton(x, H_post=H_post, H_res=H_res, phi=phi, alpha=alpha, b=b)

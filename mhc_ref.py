@@ -8,6 +8,7 @@ The mappings live in fp32 whatever x is (Eq 10-13), or in fp64 when x is fp64, a
 """
 
 import torch
+import torch.nn.functional as F
 
 
 def map_dtype(x):
@@ -29,21 +30,41 @@ def sinkhorn_ref(logits, sinkhorn_iters=20):
     return log_M.exp()
 
 
-def mhc_coeffs_ref(x, phi, alpha, b, sinkhorn_iters=20, eps=1e-20):
-    """The three mappings of one sublayer, from the streams it reads (Eq 7-8, ordered as Eq 14-19).
+def sigmoid_ref(z):
+    """sigmoid(z), by its logarithm. Its gradient is sigmoid(z) sigmoid(-z), which autograd takes from the result H as
+    H (1 - H): in fp32 that is 0 from z = 17 on, where 4e-8 is right."""
+    return F.logsigmoid(z).exp()
+
+
+def mhc_maps_ref(proj, r, alpha, b, n, sinkhorn_iters=20, manifold=None):
+    """The three mappings of one sublayer from its projections proj (..., n^2+2n) and norms r (..., 1) (Eq 16-19).
+
+    manifold: what takes the place of Sinkhorn, if anything: a function of the K logits of H_res (..., K) that returns
+    H_res (..., n, n); proj and b then have 2n + K columns.
+    """
+    scale = alpha.to(proj.dtype).repeat_interleave(
+        torch.tensor([n, n, len(b) - 2 * n], device=proj.device), output_size=len(b)
+    )
+    logits = scale / r * proj + b.to(proj.dtype)  # Eq 16: dividing after the matmul is the RMSNorm
+    pre, post, res = logits.split([n, n, len(b) - 2 * n], -1)
+    if manifold is None:
+        H_res = sinkhorn_ref(res.unflatten(-1, (n, n)), sinkhorn_iters)  # Eq 19     (..., n, n)
+    else:
+        H_res = manifold(res)
+    return sigmoid_ref(pre), 2 * sigmoid_ref(post), H_res  # Eq 17, 18, 19
+
+
+def mhc_coeffs_ref(x, phi, alpha, b, sinkhorn_iters=20, eps=1e-20, manifold=None):
+    """The three mappings of one sublayer, from the streams x (Eq 7-8, ordered as Eq 14-19).
 
     x (..., n, C), phi (nC, n^2+2n), alpha (3,), b (n^2+2n,) -> H_pre (..., n), H_post (..., n), H_res (..., n, n).
-    Columns of phi and b: pre | post | res, with logit (i, j) of H_res in column 2n + n*i + j.
+    Columns of phi and b: pre | post | res, with logit (i, j) of H_res in column 2n + n*i + j. manifold: see
+    mhc_maps_ref.
     """
-    n = x.shape[-2]
     v = x.flatten(-2).to(map_dtype(x))  # (..., nC): the norm is over all streams at once
     proj = v @ phi.to(v.dtype)  # Eq 14                                         (..., n^2+2n)
     r = (v.square().mean(-1, keepdim=True) + eps).sqrt()  # Eq 15               (..., 1)
-    scale = alpha.to(v.dtype).repeat_interleave(torch.tensor([n, n, n * n], device=x.device), output_size=n * n + 2 * n)
-    logits = scale / r * proj + b.to(v.dtype)  # Eq 16: dividing after the matmul is the RMSNorm
-    pre, post, res = logits.split([n, n, n * n], -1)
-    H_res = sinkhorn_ref(res.unflatten(-1, (n, n)), sinkhorn_iters)  # Eq 19     (..., n, n)
-    return pre.sigmoid(), 2 * post.sigmoid(), H_res  # Eq 17, 18, 19
+    return mhc_maps_ref(proj, r, alpha, b, x.shape[-2], sinkhorn_iters, manifold)
 
 
 def mhc_pre_ref(x, H_pre):
@@ -60,14 +81,20 @@ def mhc_post_res_ref(x, y, H_post, H_res):
     return (mixed + H_post.unsqueeze(-1) * y.unsqueeze(-2)).to(x.dtype)
 
 
-def mhc_step_ref(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters=20, eps=1e-20):
+def mhc_step_ref(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters=20, eps=1e-20, H_pre=None, manifold=None):
     """The boundary between two sublayers: close the one before (Eq 3), map and read for the one after (Eq 7-9).
 
     x (..., n, C), y (..., C) the output of the sublayer before with its H_post (..., n) and H_res (..., n, n); all
     three None before the first sublayer. phi, alpha, b belong to the sublayer after.
     -> x_next (..., n, C), x_in (..., C) its input, and its H_post, H_res. x_next is rounded to x's dtype before
     anything reads it, so that a replay from a stored x gives the same bits.
+
+    With H_pre (..., n): single-pass mHC. x_next is read through this H_pre, which the boundary before made, and the
+    H_pre made here reads at the next one: -> x_next, x_in, H_pre, H_post, H_res. Before the first sublayer H_pre is the
+    caller's: one-hot, stream 0. manifold: see mhc_maps_ref.
     """
     x_next = x if y is None else mhc_post_res_ref(x, y, H_post, H_res)
-    H_pre, H_post, H_res = mhc_coeffs_ref(x_next, phi, alpha, b, sinkhorn_iters, eps)
-    return x_next, mhc_pre_ref(x_next, H_pre), H_post, H_res
+    H_pre_next, H_post, H_res = mhc_coeffs_ref(x_next, phi, alpha, b, sinkhorn_iters, eps, manifold)
+    if H_pre is None:
+        return x_next, mhc_pre_ref(x_next, H_pre_next), H_post, H_res
+    return x_next, mhc_pre_ref(x_next, H_pre), H_pre_next, H_post, H_res
