@@ -53,6 +53,7 @@ class GPTConfig:
     n_streams: int = 4
     sinkhorn_iters: int = 20
     alpha_init: float = 0.01
+    maps_init: str = "home"  # of mHC's b: 'home' | 'paper' (appendix A.6), see GPT.initial_value
     collapse: str = "sum"  # or 'head': a learned sigmoid head over the streams
     impl: str = "auto"  # of mhc_step: see mhc.py
     # everywhere
@@ -65,7 +66,11 @@ class GPTConfig:
             lowest = int(isinstance(value, int) and name not in may_be_zero)
             if isinstance(value, (int, float)) and not value >= lowest:  # not <: NaN is refused too
                 raise ValueError(f"{name}={value}: wanted at least {lowest}")
-        for name, known in (("residual", ("baseline", "hc", "mhc")), ("collapse", ("sum", "head"))):
+        for name, known in (
+            ("residual", ("baseline", "hc", "mhc")),
+            ("collapse", ("sum", "head")),
+            ("maps_init", ("home", "paper")),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(map(repr, known))}")
         if self.qk_rope_head_dim % 2:
@@ -625,14 +630,23 @@ class GPT(nn.Module):
         | HC theta             | 0                                      | HC's own                                   |
         | HC b                 | pre one-hot(h), post 1, res I          | HC's own: starts as the baseline           |
         | mHC phi, head phi    | N(0, 0.02)                             | see below                                  |
-        | mHC b_pre            | +4 at h, -4 elsewhere: H_pre .98, .02  | a sublayer reads its home stream           |
-        | mHC b_post           | +2 at h, -2 elsewhere: H_post 1.8, .24 | and writes mostly there, so streams differ |
-        | mHC b_res            | 0 on the diagonal, -2 elsewhere        | H_res .71 on, .10 off: has room to move    |
+        | mHC b, 'home': pre   | +4 at h, -4 elsewhere: H_pre .98, .02  | a sublayer reads its home stream           |
+        |                post  | +2 at h, -2 elsewhere: H_post 1.8, .24 | and writes mostly there, so streams differ |
+        |                res   | 0 on the diagonal, -2 elsewhere        | H_res .71 on, .10 off: has room to move    |
+        | mHC b, 'paper': pre  | 0 at h, -3 elsewhere: H_pre .5, .05    | A.6: starts as the baseline, and yet       |
+        |                post  | 0: H_post 1                            | sublayers tell the streams apart           |
+        |                res   | 3 on the diagonal, -3 elsewhere        | H_res .993 on, .002 off: keeps what it has |
         | head b               | 0                                      | every stream at one half                   |
 
         The symmetry trap: with phi = 0 and b equal across streams, the n copies of the embedding stay identical for
         ever, and H_res gets no gradient. Here home streams take turns, so the streams differ after one sublayer.
         A diagonal pushed to +-8 would start nearer to the identity, and leaves H_res a gradient near zero.
+        Under 'paper' every stream gets the same y, so with phi = 0 the streams are equal in the first step (measured in
+        fp64: to 1e-15), H_pre, H_res and every alpha get rounding noise for a gradient, and with adam_eps = 1e-20 that
+        noise would make full-size steps; H_post alone would learn, because sublayers read streams with other weights.
+        The first gradient of H_res is in proportion to phi: 2.6e-8 at .02, 1.3e-9 at .001 (C = 64, b_res; b_post's is
+        3.6e-4), over a noise of 1.5e-11 in fp32 and 3e-8 with bf16 streams. So phi is N(0, .02) here too: the streams
+        part by 1e-3 of their size.
         """
         layer, kind = name.split("."), name.rsplit(".", 1)[-1]
         n = self.config.n_streams
@@ -647,6 +661,8 @@ class GPT(nn.Module):
             one_hot, eye = torch.eye(n)[home], torch.eye(n).flatten()
             if self.config.residual == "hc":
                 return torch.cat((one_hot, torch.ones(n), eye))
+            if self.config.maps_init == "paper":
+                return torch.cat((3 * one_hot - 3, torch.zeros(n), 6 * eye - 3))
             return torch.cat((8 * one_hot - 4, 4 * one_hot - 2, 2 * eye - 2))
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # it reads 32 bits
         return torch.empty(shape).normal_(0, 0.02 if kind == "phi" else self.config.init_std, generator=generator)

@@ -183,6 +183,11 @@ def report(config, s):
     days = flops * tokens / (peak * s["plan_mfu"] * world) / 86400
     print(f"steps={s['max_steps']}  tokens={tokens}  ({tokens / 1e9:.1f}B)")
     print(f"days={days:.1f} on {world} x {s['plan_device']} at plan_mfu={s['plan_mfu']} of {peak / 1e12:.0f} TFLOP/s")
+    if config.residual != "baseline":
+        first = f"maps_init={config.maps_init!r}, " if config.residual == "mhc" else ""
+        print(
+            f"maps: {first}LR of alpha and b {s['lr'] * s['maps_lr_scale']:.3g} (maps_lr_scale={s['maps_lr_scale']:g})"
+        )
     best = best_block(L, config.n_streams)
     print(f"L_r*={best} of {L} sublayers (Eq 20: {block_cost(L, best, config.n_streams)} C a token); "
           f"recompute={s['recompute']!r}, segments of {block}")  # fmt: skip

@@ -67,6 +67,7 @@ residual = "mhc"  # 'baseline' | 'hc' | 'mhc'
 n_streams = 4  # n, the expansion rate
 sinkhorn_iters = 20  # t_max
 alpha_init = 0.01
+maps_init = "home"  # first values of mHC's maps: 'home' | 'paper' (appendix A.6), see GPT.initial_value
 collapse = "sum"  # 'sum' | 'head': how the streams become one again
 impl = "auto"  # of mhc_step: 'auto' | 'ref' | 'eager' | 'triton'
 norm_eps = 1e-20
@@ -76,6 +77,7 @@ batch_size = 64  # sequences per optimizer step, over all processes
 micro_batch_size = 8  # sequences per forward of one process; divides batch_size
 max_steps = 1000  # optimizer steps
 lr = 6e-4  # at its peak
+maps_lr_scale = 1.0  # a factor on the LR of alpha and b of HC's and mHC's maps; 1: the paper's
 warmup_steps = 100
 lr_schedule = "step"  # 'step' (the paper's) | 'cosine' | 'constant'
 decay_at = "0.8,0.9"  # step: fractions of the run ...
@@ -113,6 +115,7 @@ RULES = {
     "vocab_size": at_least(0),
     "residual": one_of("baseline", "hc", "mhc"),
     "collapse": one_of("sum", "head"),
+    "maps_init": one_of("home", "paper"),
     "lr_schedule": one_of("step", "cosine", "constant"),
     "parallel": one_of(*PARALLEL),
     "plan_device": one_of(*plan.MEMORY),
@@ -136,7 +139,7 @@ RULES = {
         "norm_eps adam_eps weight_decay grad_clip bias_update_speed init_std".split(),
         at_least(0),
     ),
-    **dict.fromkeys(("lr", "rope_theta", "route_scale"), above(0)),
+    **dict.fromkeys(("lr", "maps_lr_scale", "rope_theta", "route_scale"), above(0)),
 }
 SKIPS_IN_A_ROW = 10  # non-finite steps that end a run
 
@@ -193,10 +196,21 @@ def check_settings(on):
 
 
 def make_optimizer(model):
-    """AdamW with decay on matrices only: mHC's and HC's alpha and b (the static terms) take none, phi and theta do."""
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    no_decay = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+    """AdamW with decay on matrices only: mHC's and HC's alpha and b (the static terms) take none, phi and theta do.
+
+    The static terms have a rate of their own, maps_lr_scale times the others'. In a short run it decides what the maps
+    can do: Adam moves b by about lr * steps, and a logit behind a sigmoid or Sinkhorn has to move by several units. Not
+    the collapse head's: it is no map between sublayers, and nothing is multiplied over depth there.
+    """
+    maps = [p for r in model.residuals() for name, p in r.named_parameters() if name in ("alpha", "b")]
+    static = {id(p) for p in maps}
+    rest = [p for p in model.parameters() if id(p) not in static]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": weight_decay, "lr_scale": 1.0},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "lr_scale": 1.0},
+        {"params": maps, "weight_decay": 0.0, "lr_scale": maps_lr_scale},
+    ]
+    groups = [group for group in groups if group["params"]]  # the baseline has no maps
     fused = next(model.parameters()).device.type == "cuda"
     return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=adam_eps, fused=fused)
 
@@ -235,7 +249,7 @@ def optimizer_step(model, optimizer, step, loss, ranks):
     norm = ranks.clip_grad_norm(model, grad_clip)
     load = ranks.all_sum(model.expert_load())
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step)
+        group["lr"] = learning_rate(step) * group["lr_scale"]
     finite = math.isfinite(loss) and math.isfinite(norm)
     if finite:
         optimizer.step()
@@ -466,6 +480,7 @@ def report_step(step, loss, norm, load, step_times, peak, records, state):
             "step": step,
             "loss": loss,
             "lr": lr_now,
+            "maps_lr": None if residual == "baseline" else lr_now * maps_lr_scale,
             "grad_norm": norm,
             "expert_load": load,
             "skipped": state["skipped"],

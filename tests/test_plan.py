@@ -22,6 +22,7 @@ SMALL = dict(
 LAYOUT = dict(
     dtype="float32", parallel="fsdp", shard_size=0, reduce_always=False, recompute="none", recompute_block=-1,
     batch_size=8, micro_batch_size=1, seq_len=32, max_steps=10, plan_devices=8, plan_device="H100", plan_mfu=0.4,
+    lr=1e-3, maps_lr_scale=1.0,
 )  # fmt: skip
 
 
@@ -52,6 +53,12 @@ def test_memory_answers_to_the_layout(capsys):
     assert "DOES NOT FIT" in report(capsys, "mhc_27b", plan_devices=1)
     assert "whole gradients" in report(capsys, "mhc_27b", reduce_always=False)
     assert "2 copies" in report(capsys, "mhc_27b", plan_devices=16, shard_size=8)
+
+
+def test_the_rate_and_the_start_of_the_maps_are_told(capsys):
+    assert "maps: maps_init='home', LR of alpha and b 0.004 (maps_lr_scale=10)" in report(
+        capsys, "mhc_27b", maps_lr_scale=10.0
+    )
 
 
 @pytest.mark.parametrize(

@@ -216,6 +216,25 @@ def test_every_live_map_moves_every_dead_one_stays_and_streams_differ(residual, 
     assert min(spread[1:]) > 1e-2
 
 
+@pytest.mark.parametrize("maps_init,diagonal,spread", [("home", 0.711, 1e-2), ("paper", 0.993, 1e-5)])
+def test_both_starts_have_the_H_res_they_say_part_the_streams_and_leave_each_live_map_a_gradient(
+    maps_init, diagonal, spread
+):
+    """In fp64: a gradient of 1e-11 is one, where the rounding noise is 1e-19."""
+    model = make(maps_init=maps_init, n_layer=4).double()
+    with torch.no_grad():
+        for _, H_post, H_res in model.residual_maps(tokens()):
+            assert (H_res.diagonal(dim1=-2, dim2=-1) - diagonal).abs().max() < 2e-3
+            assert maps_init == "home" or (H_post - 1).abs().max() < 2e-2
+    spreads = model.look(tokens(), lambda r, x: ((x - x.mean(-2, keepdim=True)).norm() / x.norm()).item())
+    assert spreads[0] < 1e-15 and min(spreads[1:]) > spread
+    model(tokens(), tokens(1))[1].backward()
+    for r in model.residuals():
+        for p, sizes in ((r.phi, r.sizes), (r.alpha, (1, 1, 1)), (r.b, r.sizes)):
+            for grad, live in zip(p.grad.split(sizes, -1), r.live, strict=True):
+                assert grad.norm() > 1e-11 if live else grad.norm() == 0
+
+
 @pytest.mark.parametrize("residual,n", [("hc", 4), ("mhc", 4), ("hc", 1), ("mhc", 1)])
 def test_dead_maps_have_no_effect_and_that_is_why_they_are_cut(residual, n):
     """The gradient that `live` throws away is rounding noise: in fp64 it is 1e-9 of a live map's, or less."""

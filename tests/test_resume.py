@@ -20,7 +20,7 @@ TINY = (
     "--seq_len=16 --n_layer=2 --n_embd=32 --n_head=2 --kv_lora_rank=16 --qk_nope_head_dim=8 --qk_rope_head_dim=8 "
     "--v_head_dim=8 --intermediate_size=64 --n_routed_experts=4 --num_experts_per_tok=2 --moe_intermediate_size=16 "
     "--batch_size=4 --micro_batch_size=2 --lr=3e-3 --warmup_steps=2 --eval_sequences=4 --device=cpu --impl=ref "
-    "--max_steps=20 --eval_interval=6 --checkpoint_interval=5"
+    "--max_steps=20 --eval_interval=6 --checkpoint_interval=5 --maps_lr_scale=3"
 ).split()
 
 

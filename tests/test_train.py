@@ -144,10 +144,32 @@ def test_static_terms_and_norms_take_no_weight_decay():
         model = make(residual=residual)
         names = {p: name for name, p in model.named_parameters()}
         groups = train.make_optimizer(model).param_groups
-        decayed, not_decayed = ({names[p] for p in group["params"]} for group in groups)
+        decayed, not_decayed = (
+            {names[p] for g in groups if (g["weight_decay"] > 0) == takes for p in g["params"]}
+            for takes in (True, False)
+        )
         ends = {name.rsplit(".", 1)[-1] for name in not_decayed}
         assert ends == {"alpha", "b", "weight"} and all("norm" in n for n in not_decayed if n.endswith("weight"))
         assert any(n.endswith((".phi", ".theta")) for n in decayed) and len(decayed) + len(not_decayed) == len(names)
+
+
+@pytest.mark.parametrize("residual,collapse", [("hc", "sum"), ("mhc", "head"), ("baseline", "sum")])
+def test_alpha_and_b_of_the_maps_move_by_maps_lr_scale_times_and_nothing_else_does(monkeypatch, residual, collapse):
+    from tests.test_residual import make, tokens
+
+    moved = {}
+    for scale in (1.0, 30.0):
+        monkeypatch.setattr(train, "maps_lr_scale", scale)
+        model = make(residual=residual, collapse=collapse)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        optimizer = train.make_optimizer(model)
+        model(tokens(), tokens(1))[1].backward()
+        train.optimizer_step(model, optimizer, 50, 1.0, start())
+        moved[scale] = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    for name, step in moved[1.0].items():
+        scaled = name.endswith(("residual.alpha", "residual.b"))  # not collapse_head.alpha, not phi and theta
+        torch.testing.assert_close(moved[30.0][name], step * (30 if scaled else 1), rtol=1e-3, atol=1e-5)
+        assert step.abs().max() > 0 or residual == "hc" and name.endswith("alpha"), name  # theta is 0 at the start
 
 
 def test_a_step_that_is_not_finite_is_skipped(monkeypatch):
