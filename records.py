@@ -6,8 +6,8 @@ tokenizer.json, a line of metrics, a row of an evaluation, the settings inside a
     for record in read_lines("out/run/metrics.jsonl", {"step": integer(0), "loss?": null_or(number())}): ...
 
 A table says what a file holds: {name: kind} is an object with these fields ("name?" may be missing), [kind] a list,
-(kind, kind) a list of exactly two, each(kind) an object with any names, any_of(kind, kind) one or the other. Fields that
-a table does not name are left alone: a later version may write them.
+(kind, kind) a list of exactly two, each(kind) an object with any names, any_of(kind, kind) one or the other. Fields
+that a table does not name are left alone: a later version may write them.
 
 Whatever is wrong with a file is one RecordError of one line, with the file's name, the line and the field: not UTF-8,
 not JSON, NaN, nested too deeply, another type, out of range, larger than `limit` bytes (which is looked at before any
