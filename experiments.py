@@ -1,0 +1,316 @@
+"""The paper's claims put to the test on a CPU: grids of short runs of train.py, one row of a CSV file for each cell.
+
+    python experiments.py                        # the experiments: what each asks, how many cells are done
+    python experiments.py rates                  # run what is missing in results/rates.csv
+    python experiments.py rates --jobs=2         # two cells at a time, one thread each
+    python experiments.py rates --quick          # 10 steps a cell and 2 seeds, into out/experiments/quick: does it run?
+    make report                                  # REPORT.md from the CSV files; nothing is trained
+
+A cell is a dict of train.py's settings on top of a config file, and its name is these settings. A cell with a row is
+skipped; one that was stopped goes on where it was, one that was killed starts anew. To redo a cell, delete its line.
+A run that ends because its loss is no longer finite is a result (finite=False). Run folders are out/experiments/<name>/
+<cell>; they are removed once the row is written, unless keep=True, and only if this program has made them.
+"""
+
+import csv
+import fcntl
+import itertools
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+
+import train
+from checkpoint import whole_file, write_json
+from configurator import at_least, configure, fail
+
+jobs = 1  # cells at a time, a thread each
+quick = False  # 10 steps and 2 seeds a cell, into out/experiments/quick: to see that it runs
+keep = False  # keep the run folders
+only = ""  # run only cells in whose names all of these words stand, separated by spaces: 'residual=hc seed=2'
+results = "results"  # folder of the CSV files
+runs = "out/experiments"  # folder of the run folders
+
+# -- the table of experiments: name -> what it asks, a config file, and the cells in the order they are run ------------
+
+SEEDS = (1337, 2, 3, 4, 5)
+DEMO = "config/demo.py"
+
+
+def grid(**axes):
+    """All combinations of the settings' values, the first setting varying slowest. -> a list of cells"""
+    values = [v if isinstance(v, (list, tuple)) else [v] for v in axes.values()]
+    return [dict(zip(axes, combination, strict=True)) for combination in itertools.product(*values)]
+
+
+def rates():
+    """The cells that decide the question first."""
+    hc, home, paper = (
+        dict(residual="hc"),
+        dict(residual="mhc", maps_init="home"),
+        dict(residual="mhc", maps_init="paper"),
+    )
+    first = [(hc, 1), (hc, 100), (home, 100), (home, 30), (home, 1)]
+    rest = [(kind, scale) for scale in (10, 30, 300, 100, 1) for kind in (hc, home, paper)]
+    wanted = first + [cell for cell in rest if cell not in first]
+    cells = [c for kind, scale in wanted for c in grid(**kind, maps_lr_scale=scale, seed=SEEDS)]
+    return grid(residual="baseline", seed=SEEDS) + cells
+
+
+EXPERIMENTS = {
+    "rates": ("Which rate of alpha and b do HC and mHC need, and which do they survive?", DEMO, rates),
+}
+QUICK = dict(max_steps=10, warmup_steps=2, eval_interval=10, eval_sequences=8)
+
+
+# -- cells ------------------------------------------------------------------------------------------------------------
+
+
+def name_of(cell):
+    """'residual=hc,maps_lr_scale=100,seed=2'"""
+    return ",".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in cell.items())
+
+
+def cells_of(experiment):
+    """-> the cells that train.py has the settings for; says which it has not."""
+    possible, missing = [], {}
+    for cell in EXPERIMENTS[experiment][2]():
+        lacks = [k for k, v in cell.items() if k not in vars(train) or k in train.RULES and not train.RULES[k][0](v)]
+        if lacks:
+            missing.setdefault(", ".join(f"{k}={cell[k]!r}" for k in lacks), []).append(cell)
+        else:
+            possible.append(cell)
+    for settings, cells in missing.items():
+        print(f"{experiment}: {len(cells)} cells are left out: train.py does not have {settings}")
+    names = [name_of(cell) for cell in possible]
+    return {name: cell for name, cell in zip(names, possible, strict=True) if all(w in name for w in only.split())}
+
+
+# -- results ----------------------------------------------------------------------------------------------------------
+
+MEASURED = (
+    "commit torch steps tokens params seconds finite skipped val_loss train_loss grad_norm_max "
+    "gain_fwd_max gain_fwd_min gain_bwd_max gain_bwd_min gain_peak "
+    # lists of numbers with spaces between them: over training ...
+    "at_step loss_curve grad_norm_curve eval_step val_curve gain_curve "
+    # ... over depth, and the composite map of the whole depth averaged over tokens, row by row; at the last evaluation
+    "single_fwd_max single_bwd_max fwd_max fwd_min bwd_max bwd_min composite"
+).split()
+POINTS = 20  # of the curves over training
+
+
+def read_rows(path):
+    """{cell: row} of a CSV file; a line without all its fields or its end was not written by us whole: left out."""
+    if not os.path.exists(path):
+        return {}
+    with open(path, newline="") as f:
+        lines = [line for line in f if line.endswith("\n")]
+    rows = list(csv.reader(lines))
+    header = rows[0] if rows else []
+    return {row[0]: dict(zip(header, row, strict=True)) for row in rows[1:] if len(row) == len(header)}
+
+
+def write_rows(path, rows):
+    """Replace a CSV file as a whole: cell, the settings that vary, what was measured."""
+    settings = list(dict.fromkeys(k for row in rows.values() for k in row if k not in ("cell", *MEASURED)))
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with whole_file(path) as f:
+        writer = csv.DictWriter(f, ["cell", *settings, *MEASURED], restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows.values())
+
+
+def numbers(values):
+    """A list in a field of a CSV file, four digits of each."""
+    return " ".join("nan" if v is None else f"{v:.4g}" for v in values)
+
+
+def records_of(folder):
+    """The records of steps and of evaluations in a run folder."""
+    with open(os.path.join(folder, "metrics.jsonl")) as f:
+        found = [json.loads(line) for line in f if line.endswith("\n")]
+    return [r for r in found if "loss" in r], [r for r in found if "val_loss" in r]
+
+
+def nan_for_null(values):
+    return np.array([math.nan if v is None else v for v in values], dtype=float)
+
+
+def measure(cell, folder):
+    """The row of a run that has ended: all steps taken, or no longer finite."""
+    steps, evals = records_of(folder)
+    with open(os.path.join(folder, "config.json")) as f:
+        origin = json.load(f)
+    settings, last = origin["settings"], evals[-1]
+    loss, norm = (nan_for_null(r[k] for r in steps) for k in ("loss", "grad_norm"))
+    bins = [b for b in np.array_split(np.arange(len(steps)), POINTS) if len(b)]
+    done = steps[-1]["step"] == settings["max_steps"]
+    row = {"cell": name_of(cell), **cell} | {
+        "commit": origin["commit"],
+        "torch": torch.__version__,
+        "steps": steps[-1]["step"],
+        "tokens": steps[-1]["step"] * settings["batch_size"] * settings["seq_len"],
+        "params": last["params"],
+        "seconds": round(sum(r["step_ms"] for r in steps) / 1e3, 1),
+        "finite": done and steps[-1]["skipped"] == 0 and bool(np.isfinite(loss).all()),
+        "skipped": steps[-1]["skipped"],
+        "val_loss": round(last["val_loss"], 4) if done and last["val_loss"] is not None else "",
+        "train_loss": round(float(loss[bins[-1]].mean()), 4),
+        "grad_norm_max": f"{np.nanmax(norm, initial=0):.4g}",
+        "at_step": numbers(steps[b[-1]]["step"] for b in bins),
+        "loss_curve": numbers(loss[b].mean() for b in bins),
+        "grad_norm_curve": numbers(norm[b].max() for b in bins),
+        "eval_step": numbers(r["step"] for r in evals),
+        "val_curve": numbers(r["val_loss"] for r in evals),
+    }
+    return row | gains_of(evals, folder) if "composite_fwd_max" in last else row
+
+
+def gains_of(evals, folder):
+    """What a row holds of the gains: over depth at the last evaluation, and their peak over training."""
+    last, row = evals[-1], {}
+    for way in ("fwd", "bwd"):
+        high, low = (nan_for_null(last[f"composite_{way}_{m}"]) for m in ("max", "min"))
+        row |= {f"gain_{way}_max": f"{high.max():.4g}", f"gain_{way}_min": f"{low.min():.4g}"}
+        row |= {f"{way}_max": numbers(high), f"{way}_min": numbers(low)}
+        row |= {f"single_{way}_max": numbers(nan_for_null(last[f"single_{way}_max"]))}
+    peaks = [max(nan_for_null(r[f"composite_{way}_max"]).max() for way in ("fwd", "bwd")) for r in evals]
+    row |= {"gain_peak": f"{max(peaks):.4g}", "gain_curve": numbers(peaks)}
+    maps = np.load(os.path.join(folder, "maps.npz"))
+    return row | {"composite": numbers(maps[f"sublayers 1-{len(high)}"].flatten())}
+
+
+# -- running ----------------------------------------------------------------------------------------------------------
+
+MARK = "made-by-experiments.json"  # in a run folder: ours, and so ours to remove
+running, stopping = set(), threading.Event()
+
+
+def stop(number, frame):
+    """SIGTERM and Ctrl-C: train.py finishes its step, saves and ends; the same command goes on from there."""
+    stopping.set()
+    for process in list(running):
+        process.send_signal(signal.SIGTERM)
+
+
+def claim(folder, cell):
+    """Make the run folder, or find it ours; another's is refused."""
+    mark = os.path.join(folder, MARK)
+    if os.path.isdir(folder) and os.listdir(folder) and not os.path.exists(mark):
+        raise RuntimeError(f"{folder} was not made by experiments.py; move it away, or choose another --runs=FOLDER")
+    os.makedirs(folder, exist_ok=True)
+    write_json(mark, cell)
+
+
+def run_cell(config, cell, folder):
+    """train.py on one cell. -> its row, None if it was stopped. Raises RuntimeError with the way out if it failed."""
+    claim(folder, cell)
+    settings = cell | (QUICK if quick else {})
+    flags = [f"--{k}={v}" for k, v in settings.items()]
+    here, log = os.path.dirname(os.path.abspath(__file__)), os.path.join(folder, "log.txt")
+    command = [sys.executable, os.path.join(here, "train.py"), config, f"--out_dir={folder}", *flags]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    with open(log, "a") as out:
+        # a session of its own: the terminal's Ctrl-C would reach train.py a second time, which means "at once"
+        process = subprocess.Popen(
+            [*command, "--checkpoint_interval=1000000000"], stdout=out, stderr=out, env=env, start_new_session=True
+        )
+        running.add(process)
+        if stopping.is_set():
+            process.send_signal(signal.SIGTERM)
+        code = process.wait()
+        running.discard(process)
+    with open(log) as f:
+        last = (f.read().strip().splitlines() or [""])[-1]
+    broke = "were not finite" in last
+    if code and not broke:
+        raise RuntimeError(f"{name_of(cell)}: train.py ended with {code}: {last} ({log}); mend it and run this again")
+    if not broke and "stopped by a signal" in last:
+        return None
+    return measure(cell, folder)
+
+
+def run(experiment):
+    """Run the cells without a row. -> how many have failed."""
+    _, config, _ = EXPERIMENTS[experiment]
+    cells, place = cells_of(experiment), "quick" if quick else ""
+    path = os.path.join(runs, place, f"{experiment}.csv") if quick else os.path.join(results, f"{experiment}.csv")
+    if quick:
+        cells = {n: c for n, c in cells.items() if c.get("seed") in (None, *SEEDS[:2])}
+    rows = read_rows(path)
+    todo = {n: c for n, c in cells.items() if n not in rows}
+    print(f"{experiment}: {len(cells)} cells, {len(cells) - len(todo)} done -> {path}")
+    lock, failed = threading.Lock(), []
+
+    def work(name, cell):
+        if stopping.is_set():
+            return
+        folder = os.path.join(runs, place, experiment, name)
+        try:
+            row = run_cell(config, cell, folder)
+        except RuntimeError as e:
+            failed.append(name)
+            print(f"FAILED {e}", flush=True)
+            return
+        if row is None:
+            return
+        with lock:
+            rows[name] = row
+            write_rows(path, {n: rows[n] for n in (*cells, *rows) if n in rows})  # in the table's order
+        if not keep:
+            shutil.rmtree(folder)
+        print(f"{name}: val_loss {row['val_loss'] or 'none'}  gain {row.get('gain_peak', '-')}", flush=True)
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(work, todo, todo.values()))
+    return len(failed)
+
+
+def hold(experiment):
+    """One process for an experiment: two would train the same cells. -> the open file that is the lock"""
+    os.makedirs(runs, exist_ok=True)
+    f = open(os.path.join(runs, f"{experiment}.lock"), "w")
+    try:
+        fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        fail(f"{experiment} is being run by another process (it holds {f.name}); wait for it, or stop it")
+    return f
+
+
+def overview():
+    for name, (question, _, _) in EXPERIMENTS.items():
+        cells, rows = cells_of(name), read_rows(os.path.join(results, f"{name}.csv"))
+        print(f"{name:<12} {sum(n in rows for n in cells):>4} of {len(cells):>4} cells done   {question}")
+
+
+def main():
+    argv = ["--quick=True" if a == "--quick" else a for a in sys.argv[1:]]
+    names = [a for a in argv if not a.startswith("-") and not a.endswith(".py")]
+    configure(globals(), {"jobs": at_least(1)}, [a for a in argv if a not in names])
+    for name in names:
+        if name not in EXPERIMENTS:
+            fail(f"{name!r}: wanted one of {', '.join(EXPERIMENTS)}")
+    if not names:
+        return overview()
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    failed = 0
+    for name in names:
+        with hold(name):
+            failed += run(name)
+    if stopping.is_set():
+        print("stopped; the same command goes on from there")
+    if failed:
+        sys.exit(f"error: {failed} cells failed: see above")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""experiments.py: a grid of two tiny cells, run, interrupted, and gone on with."""
+
+import os
+import shutil
+import sys
+
+import pytest
+
+import experiments
+from tests.test_resume import TINY, prepare
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A config file of a tiny model on a tiny corpus."""
+    root = tmp_path_factory.mktemp("experiments")
+    data = prepare(root)
+    lines = [f"{k} = {v!r}" for k, v in (flag[2:].split("=") for flag in TINY) if k not in ("device", "impl")]
+    config = root / "tiny.py"
+    config.write_text(
+        "\n".join(line.replace("'", "") for line in lines) + f"\ndevice = 'cpu'\ndata_dir = {str(data)!r}\n"
+    )
+    return root
+
+
+@pytest.fixture
+def table(tiny, monkeypatch):
+    """Two cells; results and run folders in a temporary place."""
+    cells = lambda: experiments.grid(residual=["baseline", "mhc"], seed=2)  # noqa: E731
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"tiny": ("?", str(tiny / "tiny.py"), cells)})
+    monkeypatch.setattr(experiments, "runs", str(tiny / "out"))
+    monkeypatch.setattr(experiments, "results", str(tiny / "results"))
+    monkeypatch.setattr(experiments, "quick", True)
+    monkeypatch.setattr(experiments, "only", "")
+    experiments.stopping.clear()
+    return tiny / "out" / "quick" / "tiny.csv"
+
+
+def test_a_grid_is_run_once_and_a_lost_row_alone_is_redone(table, monkeypatch):
+    monkeypatch.setattr(experiments, "jobs", 2)
+    assert experiments.run("tiny") == 0
+    rows = experiments.read_rows(table)
+    assert list(rows) == ["residual=baseline,seed=2", "residual=mhc,seed=2"]
+    mhc, baseline = rows["residual=mhc,seed=2"], rows["residual=baseline,seed=2"]
+    assert (mhc["residual"], mhc["seed"], mhc["steps"], mhc["tokens"], mhc["finite"]) == (
+        "mhc",
+        "2",
+        "10",
+        "640",
+        "True",
+    )
+    assert 0 < float(mhc["val_loss"]) < 6 and float(mhc["seconds"]) > 0 and float(mhc["gain_fwd_max"]) < 1.01
+    assert [len(mhc[k].split()) for k in ("loss_curve", "val_curve", "fwd_max", "composite")] == [10, 2, 4, 16]
+    assert baseline["gain_fwd_max"] == "" and mhc["torch"] and mhc["commit"]
+    assert not any(os.scandir(table.parent / "tiny"))  # run folders are ours, and gone
+
+    whole = table.read_bytes()
+    table.write_bytes(whole[:-20])  # the last line half written
+    monkeypatch.setattr(experiments, "run_cell", lambda config, cell, folder: ran.append(cell) or rows[name_of(cell)])
+    monkeypatch.setattr(experiments.shutil, "rmtree", lambda folder: None)
+    ran, name_of = [], experiments.name_of
+    assert experiments.run("tiny") == 0
+    assert len(ran) == 1 and table.read_bytes() == whole
+
+
+def test_a_folder_of_someone_elses_and_a_run_that_fails_are_named_and_nothing_is_removed(table, capsys):
+    table.unlink(missing_ok=True)
+    folder = table.parent / "tiny" / "residual=baseline,seed=2"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "mine.txt").write_text("keep me")
+    config = experiments.EXPERIMENTS["tiny"]
+    broken = (config[0], config[1], lambda: experiments.grid(residual="baseline", seed=2) + [dict(n_head=2, n_embd=-1)])
+    experiments.EXPERIMENTS["tiny"] = broken
+    assert experiments.run("tiny") == 1
+    out = capsys.readouterr().out
+    assert "was not made by experiments.py; move it away" in out and (folder / "mine.txt").exists()
+    assert "1 cells are left out: train.py does not have n_embd=-1" in out
+    shutil.rmtree(folder)
+
+
+def test_cells_whose_settings_do_not_exist_yet_are_left_out_and_named(table, capsys):
+    experiments.EXPERIMENTS["tiny"] = ("?", "", lambda: [dict(seed=1), dict(seed=1, warp=9), dict(residual="resnet")])
+    assert list(experiments.cells_of("tiny")) == ["seed=1"]
+    assert "warp=9" in (out := capsys.readouterr().out) and "residual='resnet'" in out
+
+
+def test_every_experiment_of_the_table_has_cells_with_names_of_their_own():
+    for name, (question, config, cells) in experiments.EXPERIMENTS.items():
+        names = [experiments.name_of(cell) for cell in cells()]
+        assert question.endswith("?") and os.path.exists(config) and len(names) == len(set(names)) > 0, name
+
+
+def test_an_unknown_experiment_and_a_second_process_end_in_one_line(table, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "tin"])
+    with pytest.raises(SystemExit):
+        experiments.main()
+    assert "'tin': wanted one of tiny" in capsys.readouterr().err
+    with experiments.hold("tiny"), pytest.raises(SystemExit):
+        experiments.hold("tiny")
+    assert "tiny is being run by another process" in capsys.readouterr().err
