@@ -41,6 +41,11 @@ def one_of(*values):
     return lambda v: v in values, "one of " + ", ".join(map(repr, values))
 
 
+def key_of(table):
+    """Rule: a key of `table`, to which a config file may add."""
+    return table.__contains__, lambda: "one of " + ", ".join(map(repr, table))
+
+
 def fail(message):
     """End the program with one line on stderr and exit code 2: a mistake in the settings, nothing has been lost."""
     print(f"error: {message}", file=sys.stderr)
@@ -107,6 +112,7 @@ def configure(script_globals, rules=None, argv=None):
     script_globals: the caller's globals(); every bool, int, float or str in it so far is a setting, but for names that
     begin with an underscore or are all capitals, which are constants.
     rules: {name: (test, words)}; a value for which test(value) is false ends the program, saying `words` is wanted.
+    The rules are asked after the files have run.
     argv: the arguments, sys.argv[1:] by default. Prints only what changed, each with its source.
     """
     settings = {k: v for k, v in script_globals.items() if not k.startswith("_") and not k.isupper()}
@@ -127,6 +133,7 @@ def configure(script_globals, rules=None, argv=None):
     config = defaults | {name: value for name, (value, _) in changed.items()}
     for name, (test, wanted) in (rules or {}).items():
         if not test(config[name]):
+            wanted = wanted() if callable(wanted) else wanted
             fail(f"{changed.get(name, (0, 'default'))[1]}: {name}={config[name]!r}: wanted {wanted}")
     for name, (value, source) in changed.items():
         print(f"{name} = {value!r}  ({source})")

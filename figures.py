@@ -26,6 +26,7 @@ out = "report.png"  # where the picture goes; the ending chooses the format
 smooth = 0.02  # the loss gap is a running mean over this fraction of the steps
 
 COLORS = {"baseline": "#777777", "hc": "#d55e00", "mhc": "#0072b2"}
+OTHER_COLORS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of residual connections that are not named here
 STYLES = ["-", "--", ":", "-."]  # runs with the same residual
 
 
@@ -86,10 +87,12 @@ def print_table(runs):
 
 def look(runs):
     """{run: colour and line style}: colour by residual, line style by the run's index among those of its residual."""
+    others = sorted({run.residual for run in runs} - set(COLORS))
+    colors = COLORS | {name: OTHER_COLORS[i % len(OTHER_COLORS)] for i, name in enumerate(others)}
     seen, looks = {}, {}
     for run in runs:
         k = seen[run.residual] = seen.get(run.residual, -1) + 1
-        looks[run] = {"color": COLORS[run.residual], "linestyle": STYLES[k % len(STYLES)], "label": run.name}
+        looks[run] = {"color": colors[run.residual], "linestyle": STYLES[k % len(STYLES)], "label": run.name}
     return looks
 
 
@@ -125,13 +128,15 @@ def draw_gradient_norm(ax, runs):
 
 def draw_gain(ax, runs, kind, way):
     """Amax gain magnitude by depth (Figs 3, 7): the line is the maximum, the band reaches down to the minimum."""
-    for run in (r for r in runs if r.residual != "baseline"):
+    highest = 0.0
+    for run in (r for r in runs if f"{kind}_{way}_max" in r.evals[-1]):  # one that has maps
         last = run.evals[-1]
         high, low = (np.array(last[f"{kind}_{way}_{m}"]) for m in ("max", "min"))
-        depth = np.arange(1, len(high) + 1)
-        ax.plot(depth, high, **look(runs)[run], linewidth=1.2)
-        ax.fill_between(depth, low, high, color=COLORS[run.residual], alpha=0.12, linewidth=0)
-    if any(run.residual == "hc" for run in runs):
+        depth, style = np.arange(1, len(high) + 1), look(runs)[run]
+        ax.plot(depth, high, **style, linewidth=1.2)
+        ax.fill_between(depth, low, high, color=style["color"], alpha=0.12, linewidth=0)
+        highest = max(highest, high.max())
+    if highest > 2:
         ax.set_yscale("log")  # Fig 3
     else:
         ax.set_ylim(0, 2)  # Fig 7
@@ -168,7 +173,7 @@ def draw_maps(fig, runs):
     """A row of heat maps for each run that has them."""
     runs = [run for run in runs if run.maps]
     if not runs:
-        fail("no run here has heat maps: they are of residual 'hc' and 'mhc'")
+        fail("no run here has heat maps (maps.npz): train.py leaves them where the residual connection has maps")
     axes = fig.subplots(len(runs), max(len(run.maps) for run in runs), squeeze=False)
     for ax in axes.flat:
         ax.set_axis_off()

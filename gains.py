@@ -12,8 +12,6 @@ Rows of H_res are output streams. So |row sum| is what H_res does to a signal th
 import torch
 from torch.distributed.tensor import DTensor
 
-from model import MHC
-
 
 def row_gains(M):
     """M (..., n, n) -> max and min over rows of |row sum|, averaged over tokens: the forward gain, two floats."""
@@ -81,24 +79,21 @@ def stream_spread(x):
 def res_gradients(residuals):
     """Gradient norm of what makes H_res from x (mHC: phi's last n^2 columns, HC: theta's last n), per sublayer.
 
-    None where that map is dead by construction (model.make_residual) and where no gradient has been computed.
+    None where that map is dead by construction (residual.live_maps) and where no gradient has been computed.
     """
     norms = []
-    for r in residuals:
-        weight, columns = (r.phi, r.n * r.n) if isinstance(r, MHC) else (r.theta, r.n)
-        if weight.grad is None or not r.live[2]:
-            norms.append(None)
-            continue
-        norm = weight.grad[:, -columns:].float().norm()
-        norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).item())
+    for grad in (r.res_gradient() for r in residuals):
+        norm = None if grad is None else grad.float().norm()
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+        norms.append(None if norm is None else norm.item())
     return norms
 
 
-def alarms(residual, grad_norms, spreads, H_res):
+def alarms(kind, grad_norms, spreads, H_res):
     """Lines that name mappings which cannot learn any more, or never could; none for a healthy model.
 
-    residual: 'hc' | 'mhc'; grad_norms: res_gradients(); spreads: stream_spread of the x each sublayer reads; H_res: a
-    list of (..., n, n).
+    kind: the class of the residual connections; grad_norms: res_gradients(); spreads: stream_spread of the x each
+    sublayer reads; H_res: a list of (..., n, n).
     The first sublayer's streams are identical by construction, and dead maps have None for a gradient: not reported.
     """
     lines = []
@@ -107,10 +102,10 @@ def alarms(residual, grad_norms, spreads, H_res):
     for i, (grad, spread, H) in enumerate(zip(grad_norms, spreads, H_res, strict=True)):
         where, n = f"alarm: sublayer {i + 1}:", H.shape[-1]
         if grad is not None and grad <= 1e-6 * median:
-            weight = "phi_res" if residual == "mhc" else "theta_res"
-            lines.append(f"{where} the gradient of {weight} is {grad:.1e}, the median over sublayers {median:.1e}")
+            found = f"the gradient of {kind.res_weight} is {grad:.1e}"
+            lines.append(f"{where} {found}, the median over sublayers {median:.1e}")
         if i > 0 and n > 1 and spread < 1e-6:
             lines.append(f"{where} all {n} streams are identical (relative spread {spread:.1e})")
-        if residual == "mhc" and grad is not None and n > 1 and (H * (1 - H)).abs().max() < 1e-6:
+        if kind.saturates and grad is not None and n > 1 and (H * (1 - H)).abs().max() < 1e-6:
             lines.append(f"{where} Sinkhorn is saturated: every entry of H_res is 0 or 1, and learns no more")
     return lines

@@ -1,7 +1,7 @@
 """A DeepSeek-V3-family GPT with one switch: residual = 'baseline' | 'hc' | 'mhc'. One file, to be read in one sitting.
 
-The model is one loop over 2L sublayers (attention, FFN, attention, FFN, ...). Between two sublayers lies a residual
-connection, and the three kinds of it are the classes Baseline, HC and MHC below; all else is shared by the three.
+The model is one loop over 2L sublayers (attention, FFN, attention, FFN, ...): `run_sublayers`. Between two sublayers
+lies a residual connection; its kinds are the classes in RESIDUALS below, and all else is shared by them.
 
 Letters: B batch, T time, C width of one stream (n_embd), n streams, H heads, D = qk_nope_head_dim,
 R = qk_rope_head_dim, V = v_head_dim, Z = kv_lora_rank, E routed experts, k of them per token, N = B*T tokens.
@@ -66,11 +66,7 @@ class GPTConfig:
             lowest = int(isinstance(value, int) and name not in may_be_zero)
             if isinstance(value, (int, float)) and not value >= lowest:  # not <: NaN is refused too
                 raise ValueError(f"{name}={value}: wanted at least {lowest}")
-        for name, known in (
-            ("residual", ("baseline", "hc", "mhc")),
-            ("collapse", ("sum", "head")),
-            ("maps_init", ("home", "paper")),
-        ):
+        for name, known in (("residual", RESIDUALS), ("collapse", ("sum", "head")), ("maps_init", ("home", "paper"))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(map(repr, known))}")
         if self.qk_rope_head_dim % 2:
@@ -79,8 +75,8 @@ class GPTConfig:
             k, E = self.num_experts_per_tok, self.n_routed_experts
             hint = "fewer" if E else f"first_k_dense_replace={self.n_layer} for a model without experts"
             raise ValueError(f"num_experts_per_tok={k}: n_routed_experts={E} to pick from; wanted {hint}")
-        if self.residual == "baseline":
-            self.n_streams = 1  # the plain residual is one stream
+        if RESIDUALS[self.residual].one_stream:
+            self.n_streams = 1
         if self.collapse == "head" and self.n_streams == 1:
             raise ValueError("collapse='head': wanted several streams, got one, whose weight the final norm undoes")
 
@@ -90,38 +86,86 @@ class GPTConfig:
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# The residual connections. Each is called once per sublayer, at the boundary before it, with the streams x, the output
-# y of the sublayer before and that one's H_post and H_res (all None before the first), and returns the streams after
-# the update, the input of its own sublayer, and its own H_post and H_res, which the next boundary will apply.
+# The residual connections: one object for each sublayer, at the boundary before it. Whatever another file wants to know
+# about a kind of residual connection it asks its class, found by its name in RESIDUALS. README adds a fourth.
 
 
-class Baseline(nn.Module):
-    """x <- x + F(x): one stream, nothing learned."""
+class Residual(nn.Module):
+    """What every kind answers. One is made for each sublayer s = 0 .. 2L-1, as RESIDUALS[config.residual](config, s).
 
-    def forward(self, x, y, H_post, H_res):
-        x = self.close(x, y, H_post, H_res)
-        return x, x.squeeze(-2), None, None  # x_in (B, T, C)
+    carry: what a boundary hands to the next one, None or a tuple of tensors. Only the class itself looks into it.
+    """
 
-    def close(self, x, y, H_post, H_res):
-        """The update alone, without a next sublayer."""
-        return x if y is None else x + y.unsqueeze(-2)  # (B, T, 1, C)
+    one_stream = False  # True: n_streams is 1, whatever the setting
+    has_maps = False  # True: there is maps(x), and with it gains, heat maps and alarms
+
+    def __init__(self, config, s):
+        super().__init__()
+        self.config, self.s, self.n = config, s, config.n_streams
+
+    def forward(self, x, y, carry):
+        """The boundary: close the sublayer before, read for this one. x (..., n, C); y (..., C) the output of the one
+        before, None at the start of a segment -> x after the update, x_in (..., C) the input of this one, carry."""
+        raise NotImplementedError
+
+    def close(self, x, y, carry):
+        """The update alone, at the end of a segment -> x, and the carry that goes with it into the next segment."""
+        raise NotImplementedError
+
+    @staticmethod
+    def collapse(x, carry):
+        """The end of the last segment: x (..., n, C) -> (..., C)."""
+        return collapse_streams(x)
+
+    def first_value(self, name, shape, generator):
+        """The first value of this connection's parameter `name`; random ones are drawn from `generator`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def kept_bytes(config, e):
+        """What the backward keeps of one boundary, in bytes per token; e: bytes of an activation. For plan.py."""
+        raise NotImplementedError
 
 
-class HyperConnection(nn.Module):
-    """What HC and mHC share: alpha (3,) and b (n^2+2n,), both in the order pre | post | res, and which maps are live.
+class Baseline(Residual):
+    """x <- x + F(x): one stream, nothing learned, nothing carried."""
+
+    one_stream = True
+
+    def forward(self, x, y, carry):
+        x, carry = self.close(x, y, carry)
+        return x, x.squeeze(-2), carry  # x_in (B, T, C)
+
+    def close(self, x, y, carry):
+        return (x if y is None else x + y.unsqueeze(-2)), None  # (B, T, 1, C)
+
+    @staticmethod
+    def kept_bytes(config, e):
+        return 0
+
+
+class HyperConnection(Residual):
+    """What n streams with maps H_pre, H_post and H_res share: the update of Eq 3. The carry is (H_post, H_res).
 
     A map without any effect on the loss still gets a gradient, of rounding noise, and AdamW with its eps of 1e-20 would
     turn that into steps of full size. `live` says which of (pre, post, res) act; the others are cut from the graph and
     get gradients of exactly zero: alpha and b stay where they are, and phi's or theta's columns only decay.
     """
 
-    def __init__(self, config, live):
-        super().__init__()
+    has_maps = True
+    res_weight = "what makes H_res"  # its name in messages
+    saturates = False  # True: an H_res of zeros and ones alone learns no more
+
+    def __init__(self, config, s):
+        super().__init__(config, s)
         n = config.n_streams
-        self.n, self.live, self.sizes = n, live, (n, n, n * n)
+        self.sizes = (n, n, n * n)  # of b: pre | post | res
         self.eps, self.impl = config.norm_eps, config.impl
-        self.alpha = nn.Parameter(torch.empty(3))
-        self.b = nn.Parameter(torch.empty(n * n + 2 * n))
+        self.live = self.live_maps()
+
+    def live_maps(self):
+        """Which of (pre, post, res) have an effect at sublayer s."""
+        return True, True, True
 
     def cut(self, p, sizes):
         """p (..., sum(sizes)) with the parts of dead maps detached."""
@@ -129,26 +173,53 @@ class HyperConnection(nn.Module):
             return p
         return torch.cat([q if live else q.detach() for q, live in zip(p.split(sizes, -1), self.live, strict=True)], -1)
 
-    def close(self, x, y, H_post, H_res):
+    def maps(self, x):
+        """x (..., n, C) -> H_pre (..., n), H_post (..., n), H_res (..., n, n)."""
+        raise NotImplementedError
+
+    def forward(self, x, y, carry):
+        x, _ = self.close(x, y, carry)
+        H_pre, H_post, H_res = self.maps(x)
+        return x, mhc_pre(x, H_pre), (H_post, H_res)
+
+    def close(self, x, y, carry):
         """The update of Eq 3 alone: x_next[i] = sum_j H_res[i, j] x[j] + H_post[i] y."""
         if y is None:
-            return x
+            return x, None
         with torch.autocast(x.device.type, enabled=False):
-            return mhc_post_res(x, y, H_post, H_res, self.impl)
+            return mhc_post_res(x, y, *carry, self.impl), None
+
+    def res_gradient(self):
+        """The gradient of what makes H_res from x; None before a backward, or where there is nothing to watch."""
+        return None
+
+    @staticmethod
+    def kept_bytes(config, e):
+        n, C = config.n_streams, config.n_embd
+        return e * (n * C + C) + 4 * (n + n * n)  # the streams after it, F's output, H_post, H_res (fp32)
 
 
 class HC(HyperConnection):
     """Hyper-Connections: unconstrained maps, from each stream's own RMSNorm, through tanh (Eq 5).
 
-    theta (C, n+2): columns pre, post, and n of res. The norm's weight is absorbed into theta.
+    alpha (3,) and b (n^2+2n,) in the order pre | post | res; theta (C, n+2): columns pre, post, and n of res. The
+    norm's weight is absorbed into theta.
     """
 
-    def __init__(self, config, live):
-        super().__init__(config, live)
+    res_weight = "theta_res"
+
+    def __init__(self, config, s):
+        super().__init__(config, s)
+        self.alpha = nn.Parameter(torch.empty(3))
+        self.b = nn.Parameter(torch.empty(sum(self.sizes)))
         self.theta = nn.Parameter(torch.empty(config.n_embd, config.n_streams + 2))
 
+    def live_maps(self):
+        """Before the first sublayer all streams are equal, so H_pre is only a scale, which the pre-norm removes; with
+        one stream everywhere. H_res is not stochastic, and acts wherever it stands."""
+        return self.s > 0 and self.n > 1, True, True
+
     def maps(self, x):
-        """x (..., n, C) -> H_pre (..., n), H_post (..., n), H_res (..., n, n)."""
         n = self.n
         with torch.autocast(x.device.type, enabled=False):  # mappings are fp32 under bf16 training too
             x_norm = F.rms_norm(x.to(map_dtype(x)), (x.shape[-1],), None, self.eps)
@@ -161,36 +232,88 @@ class HC(HyperConnection):
             H_res = alpha[2] * dynamic[..., 2:].mT + b_res.view(n, n)  # [i, j] = theta_res[i] . x_norm_j
         return H_pre, H_post, H_res
 
-    def forward(self, x, y, H_post, H_res):
-        x = self.close(x, y, H_post, H_res)
-        H_pre, H_post, H_res = self.maps(x)
-        return x, mhc_pre(x, H_pre), H_post, H_res
+    def first_value(self, name, shape, generator):
+        one_hot = torch.eye(self.n)[self.s % self.n]
+        return {
+            "alpha": torch.full(shape, self.config.alpha_init),
+            "b": torch.cat((one_hot, torch.ones(self.n), torch.eye(self.n).flatten())),
+            "theta": torch.zeros(shape),
+        }[name]
+
+    def res_gradient(self):
+        return None if self.theta.grad is None or not self.live[2] else self.theta.grad[:, -self.n :]
+
+    @staticmethod
+    def kept_bytes(config, e):
+        """No fused kernel: the streams also in fp32 and normed, for the mappings and for H_pre x."""
+        n, C = config.n_streams, config.n_embd
+        return HyperConnection.kept_bytes(config, e) + 4 * (2 if e == 2 else 1) * n * C + projection_bytes(n)
 
 
 class MHC(HyperConnection):
     """Manifold-Constrained Hyper-Connections (Eq 7-9): H_res doubly stochastic, H_pre and H_post sigmoids.
 
-    phi (nC, n^2+2n): columns pre | post | res, mat(.) row-major.
+    phi (nC, n^2+2n), alpha (3,), b (n^2+2n,), all in the order pre | post | res, mat(.) row-major.
     """
 
-    def __init__(self, config, live):
-        super().__init__(config, live)
-        n = config.n_streams
-        self.phi = nn.Parameter(torch.empty(n * config.n_embd, n * n + 2 * n))
+    res_weight, saturates = "phi_res", True
+
+    def __init__(self, config, s):
+        super().__init__(config, s)
+        self.alpha = nn.Parameter(torch.empty(3))
+        self.b = nn.Parameter(torch.empty(sum(self.sizes)))
+        self.phi = nn.Parameter(torch.empty(config.n_streams * config.n_embd, sum(self.sizes)))
         self.sinkhorn_iters = config.sinkhorn_iters
+
+    def live_maps(self):
+        """Before the first sublayer all streams are equal, so a row-stochastic H_res changes nothing and H_pre is only
+        a scale, which the pre-norm removes. In the last, under collapse='sum', H_res acts through its column sums
+        alone, which are 1 but for Sinkhorn's truncation. With n = 1 both hold everywhere."""
+        first, last, one = self.s == 0, self.s == 2 * self.config.n_layer - 1, self.n == 1
+        dead_res = first or one or (last and self.config.collapse == "sum")
+        return not (first or one), True, not dead_res
 
     def projection(self):
         """phi, alpha, b with the maps that have no effect cut out."""
         return self.cut(self.phi, self.sizes), self.cut(self.alpha, (1, 1, 1)), self.cut(self.b, self.sizes)
 
     def maps(self, x):
-        """x (..., n, C) -> H_pre (..., n), H_post (..., n), H_res (..., n, n)."""
         with torch.autocast(x.device.type, enabled=False):
             return mhc_coeffs(x, *self.projection(), self.sinkhorn_iters, self.eps)
 
-    def forward(self, x, y, H_post, H_res):
+    def forward(self, x, y, carry):
+        """HyperConnection's in one fused operation."""
+        H_post, H_res = carry or (None, None)
         with torch.autocast(x.device.type, enabled=False):
-            return mhc_step(x, y, H_post, H_res, *self.projection(), self.sinkhorn_iters, self.eps, self.impl)
+            x, x_in, H_post, H_res = mhc_step(
+                x, y, H_post, H_res, *self.projection(), self.sinkhorn_iters, self.eps, self.impl
+            )
+        return x, x_in, (H_post, H_res)
+
+    def first_value(self, name, shape, generator):
+        one_hot, eye = torch.eye(self.n)[self.s % self.n], torch.eye(self.n).flatten()
+        if name == "phi":
+            return torch.empty(shape).normal_(0, 0.02, generator=generator)
+        if name == "alpha":
+            return torch.full(shape, self.config.alpha_init)
+        if self.config.maps_init == "paper":
+            return torch.cat((3 * one_hot - 3, torch.zeros(self.n), 6 * eye - 3))
+        return torch.cat((8 * one_hot - 4, 4 * one_hot - 2, 2 * eye - 2))
+
+    def res_gradient(self):
+        return None if self.phi.grad is None or not self.live[2] else self.phi.grad[:, -self.sizes[2] :]
+
+    @staticmethod
+    def kept_bytes(config, e):
+        return HyperConnection.kept_bytes(config, e) + projection_bytes(config.n_streams)
+
+
+def projection_bytes(n):
+    """The projections and r, fp32."""
+    return 4 * (n * n + 2 * n) + 4
+
+
+RESIDUALS = {"baseline": Baseline, "hc": HC, "mhc": MHC}
 
 
 class CollapseHead(nn.Module):
@@ -198,7 +321,7 @@ class CollapseHead(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        n, self.eps = config.n_streams, config.norm_eps
+        self.config, n, self.eps = config, config.n_streams, config.norm_eps
         self.phi = nn.Parameter(torch.empty(n * config.n_embd, n))
         self.alpha = nn.Parameter(torch.empty(1))
         self.b = nn.Parameter(torch.empty(n))
@@ -210,22 +333,10 @@ class CollapseHead(nn.Module):
             w = torch.sigmoid(self.alpha * (v @ self.phi.to(v.dtype)) + self.b)  # (B, T, n)
         return (w.unsqueeze(-1) * x).sum(-2).to(x.dtype)
 
-
-def make_residual(config, s):
-    """The residual connection before sublayer s = 0 .. 2L-1, told which of its maps can act at all.
-
-    In the first sublayer all streams are equal: whatever mixes them to the same sum is the same, so mHC's H_res (rows
-    sum to 1) does nothing, and H_pre is a mere factor which the pre-norm removes. In the last, under collapse='sum',
-    mHC's H_res acts through its column sums alone, which are 1 but for Sinkhorn's truncation. With n = 1 both hold
-    everywhere. HC's H_res is not stochastic, and acts wherever it stands.
-    """
-    first, last, one = s == 0, s == 2 * config.n_layer - 1, config.n_streams == 1
-    if config.residual == "baseline":
-        return Baseline()
-    if config.residual == "hc":
-        return HC(config, live=(not (first or one), True, True))
-    dead_res = first or one or (last and config.collapse == "sum")
-    return MHC(config, live=(not (first or one), True, not dead_res))
+    def first_value(self, name, shape, generator):
+        if name == "phi":
+            return torch.empty(shape).normal_(0, 0.02, generator=generator)
+        return torch.full(shape, self.config.alpha_init if name == "alpha" else 0.0)
 
 
 def expand_streams(x, n):
@@ -468,32 +579,37 @@ class MoE(nn.Module):
 
 
 class Block(nn.Module):
-    """Two sublayers, F = sublayer o RMSNorm, each with the residual connection before it."""
+    """The parameters of two sublayers, F = sublayer o RMSNorm, each with the residual connection before it.
+
+    A block has no forward: GPT.sublayers lists the parts of all blocks in order, and run_sublayers is the loop over
+    them, because a boundary belongs to two sublayers and so to no block alone.
+    """
 
     def __init__(self, config, i):
         super().__init__()
-        self.attn_residual = make_residual(config, 2 * i)
+        self.attn_residual = RESIDUALS[config.residual](config, 2 * i)
         self.input_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         self.self_attn = MLA(config)
-        self.mlp_residual = make_residual(config, 2 * i + 1)
+        self.mlp_residual = RESIDUALS[config.residual](config, 2 * i + 1)
         self.post_attention_layernorm = RMSNorm(config.n_embd, config.norm_eps)
         dense = i < config.first_k_dense_replace
         self.mlp = MLP(config.n_embd, config.intermediate_size) if dense else MoE(config)
 
 
-def run_sublayers(x, sublayers, look=None):
+def run_sublayers(x, sublayers, look=None, carry=None):
     """The loop of the model: streams x (B, T, n, C) through some sublayers, (residual, norm, F) each, to their end.
 
-    look(residual, x) is called with the x of every sublayer. Closed by the update alone, so the streams that come out
-    can open another such loop: that is how recompute.py cuts the depth into segments.
+    -> x, carry. look(residual, x) is called with the x of every sublayer. Closed by the update alone, so what comes out
+    can go into another such loop: that is how recompute.py cuts the depth into segments. The carry is the residual
+    connection's own matter: None before the first sublayer. No sublayers change nothing.
     """
-    y = H_post = H_res = None
+    y = residual = None
     for residual, norm, f in sublayers:
-        x, x_in, H_post, H_res = residual(x, y, H_post, H_res)
+        x, x_in, carry = residual(x, y, carry)
         y = f(norm(x_in))
         if look is not None:
             look(residual, x)
-    return residual.close(x, y, H_post, H_res)
+    return (x, carry) if residual is None else residual.close(x, y, carry)
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -537,10 +653,11 @@ class GPT(nn.Module):
         positions = torch.arange(idx.shape[1], device=idx.device).unsqueeze(0)  # (1, T)
         if cache is not None:
             positions = positions + cache.length.unsqueeze(1)  # (B, T)
-        x = self.run_sublayers(self.embed(idx), self.sublayers(positions, cache), look)
+        x, carry = self.run_sublayers(self.embed(idx), self.sublayers(positions, cache), look)
         if cache is not None:
             cache.advance(idx.shape[1])
-        return self.norm(self.collapse_head(x) if self.collapse_head else collapse_streams(x))
+        collapse = RESIDUALS[self.config.residual].collapse
+        return self.norm(self.collapse_head(x) if self.collapse_head else collapse(x, carry))
 
     def forward(self, idx, targets=None, cache=None):
         """idx (B, T) of token numbers -> (logits (B, T, vocab), None), or with targets (B, T) -> (None, mean loss).
@@ -570,17 +687,22 @@ class GPT(nn.Module):
     def look(self, idx, see):
         """see(residual, x) for each of the 2L sublayers, x (B, T, n, C) the streams it reads -> list of the results.
 
-        Runs in eval mode: a look at the model must not count as load on its experts."""
-        seen, training = [], self.training
+        Runs in eval mode: a look at the model must not count as load on its experts. Afterwards each module is in the
+        mode it was in."""
+        seen, modes = [], [(m, m.training) for m in self.modules()]
         self.eval()
-        self.hidden(idx, look=lambda residual, x: seen.append(see(residual, x)))
-        self.train(training)
+        try:
+            self.hidden(idx, look=lambda residual, x: seen.append(see(residual, x)))
+        finally:
+            for module, training in modes:
+                module.training = training
         return seen
 
     def residual_maps(self, idx):
         """idx (B, T) -> over the 2L sublayers, a list of H_pre (B, T, n), H_post (B, T, n), H_res (B, T, n, n)."""
-        if self.config.residual == "baseline":
-            raise ValueError("residual='baseline' has no mappings: residual_maps is for 'hc' and 'mhc'")
+        if not RESIDUALS[self.config.residual].has_maps:
+            having = ", ".join(repr(name) for name, kind in RESIDUALS.items() if kind.has_maps)
+            raise ValueError(f"residual={self.config.residual!r} has no mappings: residual_maps is for {having}")
         return self.look(idx, lambda residual, x: residual.maps(x))
 
     # --- experts ---
@@ -607,7 +729,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed, assign=torch.Tensor.copy_):
-        """Give every parameter its first value. All initialisation is here and in `initial_value`.
+        """Give every parameter its first value. All initialisation is in `initial_value`: its table, and what it calls.
 
         Each parameter is drawn from a generator keyed by (seed, its name): the value depends on nothing else, so the
         backbone is the same whatever the residual connection, and whatever the number of processes.
@@ -648,24 +770,15 @@ class GPT(nn.Module):
         3.6e-4), over a noise of 1.5e-11 in fp32 and 3e-8 with bf16 streams. So phi is N(0, .02) here too: the streams
         part by 1e-3 of their size.
         """
-        layer, kind = name.split("."), name.rsplit(".", 1)[-1]
-        n = self.config.n_streams
-        if kind == "weight" and "norm" in layer[-2]:
-            return torch.ones(shape)
-        if kind == "alpha":
-            return torch.full(shape, self.config.alpha_init)
-        if kind == "theta" or layer[0] == "collapse_head" and kind == "b":
-            return torch.zeros(shape)
-        if kind == "b":
-            home = (2 * int(layer[1]) + (layer[2] == "mlp_residual")) % n
-            one_hot, eye = torch.eye(n)[home], torch.eye(n).flatten()
-            if self.config.residual == "hc":
-                return torch.cat((one_hot, torch.ones(n), eye))
-            if self.config.maps_init == "paper":
-                return torch.cat((3 * one_hot - 3, torch.zeros(n), 6 * eye - 3))
-            return torch.cat((8 * one_hot - 4, 4 * one_hot - 2, 2 * eye - 2))
         generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))  # it reads 32 bits
-        return torch.empty(shape).normal_(0, 0.02 if kind == "phi" else self.config.init_std, generator=generator)
+        path = name.split(".")
+        depth = 3 if path[0] == "layers" else 1  # layers.3.attn_residual, collapse_head
+        part = self.get_submodule(".".join(path[:depth]))
+        if isinstance(part, (Residual, CollapseHead)):
+            return part.first_value(".".join(path[depth:]), shape, generator)
+        if path[-1] == "weight" and "norm" in path[-2]:
+            return torch.ones(shape)
+        return torch.empty(shape).normal_(0, self.config.init_std, generator=generator)
 
     # --- counting ---
 

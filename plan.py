@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as model_file
-from model import GPT
+from model import GPT, RESIDUALS
 from parallel import check_batch, check_layout, groups
 from recompute import best_block, block_cost, block_length
 
@@ -61,17 +61,6 @@ def moe_bytes(c, e):
     return gate + routed + mlp_bytes(c.n_shared_experts * c.moe_intermediate_size, e)
 
 
-def boundary_bytes(c, e):
-    """The residual connection before one sublayer: the streams after it, F's output, the mappings."""
-    n, C = c.n_streams, c.n_embd
-    if c.residual == "baseline":
-        return 0
-    maps = 4 * (n + n * n) + 4 * (n * n + 2 * n) + 4  # H_post, H_res; the projections and r: all fp32
-    if c.residual == "hc":  # no fused kernel: the streams also in fp32 and normed, for the mappings and for H_pre x
-        return e * (n * C + C) + 4 * (2 if e == 2 else 1) * n * C + maps
-    return e * (n * C + C) + maps
-
-
 def norm_bytes(c, e):
     """RMSNorm and F's input z: the norm's input and its product in fp32, z."""
     return 8 * c.n_embd + 4 + e * c.n_embd
@@ -86,14 +75,15 @@ def sublayer_bytes(c, e):
 def activation_bytes(c, recompute, block, e):
     """Per token: (kept for the backward, the most a replay adds to it). block: sublayers in a segment."""
     F, L = sublayer_bytes(c, e), 2 * c.n_layer
-    maps, start = boundary_bytes(c, e) + norm_bytes(c, e), e * c.n_streams * c.n_embd
+    boundary, start = RESIDUALS[c.residual].kept_bytes(c, e) + norm_bytes(c, e), e * c.n_streams * c.n_embd
     starts = start * math.ceil(L / block)
     ends = 8 * c.n_embd + e * c.n_embd  # the final norm, what the head reads
     if recompute == "none":
-        return sum(F) + maps * L + ends, 0
+        return sum(F) + boundary * L + ends, 0
     if recompute == "mhc":
-        return sum(F) + e * c.n_embd * L + starts + ends, (maps - e * c.n_embd) * block  # F's outputs are there already
-    return starts + ends, max(sum(F[i : i + block]) + maps * block for i in range(0, L, block))
+        there = e * c.n_embd  # F's outputs are not made again
+        return sum(F) + there * L + starts + ends, (boundary - there) * block
+    return starts + ends, max(sum(F[i : i + block]) + boundary * block for i in range(0, L, block))
 
 
 # -- memory and communication ---------------------------------------------------------------------------------------
@@ -183,7 +173,7 @@ def report(config, s):
     days = flops * tokens / (peak * s["plan_mfu"] * world) / 86400
     print(f"steps={s['max_steps']}  tokens={tokens}  ({tokens / 1e9:.1f}B)")
     print(f"days={days:.1f} on {world} x {s['plan_device']} at plan_mfu={s['plan_mfu']} of {peak / 1e12:.0f} TFLOP/s")
-    if config.residual != "baseline":
+    if RESIDUALS[config.residual].has_maps:
         first = f"maps_init={config.maps_init!r}, " if config.residual == "mhc" else ""
         print(
             f"maps: {first}LR of alpha and b {s['lr'] * s['maps_lr_scale']:.3g} (maps_lr_scale={s['maps_lr_scale']:g})"

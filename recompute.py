@@ -4,8 +4,9 @@
     apply(model, "mhc", block=4)
     apply(model, "full")                     # everything inside a sublayer, F too
 
-The depth of L sublayers is cut into segments of `block` sublayers. A segment opens with x alone and ends with post_res
-alone (`residual.close`), so that a segment, or several, can be a pipeline stage.
+The depth of L sublayers is cut into segments of `block` sublayers. A segment opens with x and what the residual
+connection carries over (nothing in HC and mHC), and ends with the update alone (`residual.close`), so that a segment,
+or several, can be a pipeline stage.
 
     recompute   kept for the backward                                      run twice
     'none'      everything                                                 nothing
@@ -69,20 +70,20 @@ def apply(model, recompute, block=-1):
         model.run_sublayers = run_sublayers
         return block
 
-    def run(x, sublayers, look=None):
+    def run(x, sublayers, look=None, carry=None):
         """model.run_sublayers, segment by segment."""
         if not torch.is_grad_enabled():  # nothing is kept anyway
-            return run_sublayers(x, sublayers, look)
+            return run_sublayers(x, sublayers, look, carry)
         sublayers = list(sublayers)
         for start in range(0, L, block):
             segment = sublayers[start : start + block]
             if recompute == "none":
-                x = run_sublayers(x, segment, look)
+                x, carry = run_sublayers(x, segment, look, carry)
                 continue
             wrap = Kept if recompute == "mhc" else CountedOnce
             segment = [(residual, norm, wrap(f)) for residual, norm, f in segment]
-            x = checkpoint(run_sublayers, x, segment, look, use_reentrant=False, preserve_rng_state=False)
-        return x
+            x, carry = checkpoint(run_sublayers, x, segment, look, carry, use_reentrant=False, preserve_rng_state=False)
+        return x, carry
 
     model.run_sublayers = run
     return block

@@ -28,11 +28,11 @@ import torch
 import checkpoint
 import plan
 import recompute as recomputation
-from configurator import above, at_least, between, configure, fail, one_of
+from configurator import above, at_least, between, configure, fail, key_of, one_of
 from data import Corpus, DataError, order
 from gains import alarms, gains, heat_maps, res_gradients, stream_spread
 from mhc import resolve_impl
-from model import GPT, GPTConfig
+from model import GPT, RESIDUALS, GPTConfig
 from parallel import PARALLEL, check_batch, only_rank_0_prints, resolve_device, start
 
 # -- the run --------------------------------------------------------------------------------------------------------
@@ -63,7 +63,7 @@ num_experts_per_tok = 4
 n_shared_experts = 1
 moe_intermediate_size = 512  # of one expert
 route_scale = 2.5  # the weights of a token's experts sum to this
-residual = "mhc"  # 'baseline' | 'hc' | 'mhc'
+residual = "mhc"  # 'baseline' | 'hc' | 'mhc', or one of your own: README, 'Add your own'
 n_streams = 4  # n, the expansion rate
 sinkhorn_iters = 20  # t_max
 alpha_init = 0.01
@@ -113,7 +113,7 @@ RULES = {
     "keep_checkpoints": at_least(2),
     "dtype": one_of("float32", "bfloat16"),
     "vocab_size": at_least(0),
-    "residual": one_of("baseline", "hc", "mhc"),
+    "residual": key_of(RESIDUALS),
     "collapse": one_of("sum", "head"),
     "maps_init": one_of("home", "paper"),
     "lr_schedule": one_of("step", "cosine", "constant"),
@@ -202,7 +202,7 @@ def make_optimizer(model):
     can do: Adam moves b by about lr * steps, and a logit behind a sigmoid or Sinkhorn has to move by several units. Not
     the collapse head's: it is no map between sublayers, and nothing is multiplied over depth there.
     """
-    maps = [p for r in model.residuals() for name, p in r.named_parameters() if name in ("alpha", "b")]
+    maps = [p for r in model.residuals() for p in r.parameters() if p.ndim < 2]
     static = {id(p) for p in maps}
     rest = [p for p in model.parameters() if id(p) not in static]
     groups = [
@@ -279,7 +279,7 @@ def validation_loss(model, corpus, ranks):
 
 def look_at_maps(model, corpus, ranks):
     """Gains on one fixed sequence, and alarms for dead mappings. Leaves maps.npz, the heat maps figures.py draws."""
-    if residual == "baseline":
+    if not RESIDUALS[residual].has_maps:
         return {}, []
     idx = corpus.sequences([0])[0].to(ranks.device)
     with autocast(ranks.device):
@@ -289,7 +289,7 @@ def look_at_maps(model, corpus, ranks):
         path = os.path.join(out_dir, "maps.npz")
         np.savez(path + ".tmp.npz", **heat_maps(H_res))
         os.replace(path + ".tmp.npz", path)
-    return gains(H_res), alarms(residual, res_gradients(model.residuals()), spreads, H_res)
+    return gains(H_res), alarms(RESIDUALS[residual], res_gradients(model.residuals()), spreads, H_res)
 
 
 def peak_megabytes(device):
@@ -480,7 +480,7 @@ def report_step(step, loss, norm, load, step_times, peak, records, state):
             "step": step,
             "loss": loss,
             "lr": lr_now,
-            "maps_lr": None if residual == "baseline" else lr_now * maps_lr_scale,
+            "maps_lr": lr_now * maps_lr_scale if RESIDUALS[residual].has_maps else None,
             "grad_norm": norm,
             "expert_load": load,
             "skipped": state["skipped"],
@@ -524,8 +524,9 @@ def train(settings, train_data, val_data, ranks):
     net, optimizer = ranks.wrap(model), make_optimizer(model)
     first, state = begin(folder, model, optimizer, changed, origin)
     records, profiler, stop = Log(settings, ranks.is_main), start_profiler(ranks.is_main), checkpoint.Stop(ranks.device)
-    how = f"mhc_step {resolve_impl(impl, ranks.device, n_streams)}" if residual == "mhc" else f"residual {residual}"
-    print(f"{ranks.device.type}, {dtype}, {how}, {model.num_params()['total']:,} parameters -> {out_dir}")
+    how = f" (impl {resolve_impl(impl, ranks.device, n_streams)})" if RESIDUALS[residual].has_maps else ""
+    size = f"{model.num_params()['total']:,} parameters"
+    print(f"{ranks.device.type}, {dtype}, residual {residual}{how}, {size} -> {out_dir}")
     flops_share = mfu_per_token_rate(model, ranks)
 
     step_times = []

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gains import alarms, gains, heat_maps, res_gradients, stream_spread
+from model import HC, MHC
 
 A = torch.tensor([[1.0, 2.0], [0.0, -4.0]])  # row sums 3, -4; column sums 1, -2
 Z = torch.tensor([[0.5, 0.0], [1.0, 1.0]])  # row sums .5, 2; column sums 1.5, 1
@@ -55,8 +56,8 @@ HEALTHY = [torch.full((2, 2), 0.5)] * 3
 
 
 def test_a_healthy_model_raises_no_alarm_nor_do_maps_dead_by_construction():
-    assert alarms("mhc", [None, 1.0, 2.0], [0.0, 0.3, 0.3], HEALTHY) == []
-    assert alarms("hc", [None, 1.0, 2.0], [0.0, 0.3, 0.3], [torch.eye(2)] * 3) == []  # HC starts at the identity
+    assert alarms(MHC, [None, 1.0, 2.0], [0.0, 0.3, 0.3], HEALTHY) == []
+    assert alarms(HC, [None, 1.0, 2.0], [0.0, 0.3, 0.3], [torch.eye(2)] * 3) == []  # HC starts at the identity
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_a_healthy_model_raises_no_alarm_nor_do_maps_dead_by_construction():
     ],
 )
 def test_a_dead_map_raises_its_alarm(grads, spreads, H_res, words):
-    (line,) = alarms("mhc", grads, spreads, H_res)
+    (line,) = alarms(MHC, grads, spreads, H_res)
     assert line.startswith("alarm: ") and words in line
 
 

@@ -139,8 +139,10 @@ def test_load_is_counted_in_training_only():
     gpt.eval()
     gpt(tokens())
     gpt.train()
+    gpt.layers[0].eval()  # frozen, say
     gpt.residual_maps(tokens())
     assert gpt.training and gpt.expert_load().sum() == 0
+    assert not any(m.training for m in gpt.layers[0].modules()) and all(m.training for m in gpt.layers[1].modules())
     gpt(tokens())
     assert gpt.expert_load().sum() == 2 * TINY["seq_len"] * TINY["num_experts_per_tok"]
 

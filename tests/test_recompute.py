@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import recompute
-from model import GPT, GPTConfig
+from mhc import mhc_post_res, mhc_pre
+from model import GPT, MHC, RESIDUALS, GPTConfig, run_sublayers
 from plan import LiveBytes, measured_bytes
 
 SMALL = dict(
@@ -64,6 +65,39 @@ def test_losses_gradients_and_counts_are_bit_equal(residual, impl, autocast):
         assert same(step(model, autocast), wanted), (mode, block)
     recompute.apply(model, "none")
     assert same(step(model, autocast), wanted)
+
+
+class Lagging(MHC):
+    """Reads the streams through the H_pre of the boundary before, which must come along across a segment's edge."""
+
+    def forward(self, x, y, carry):
+        read, *maps = carry or [torch.eye(self.n)[0].expand(x.shape[:-1])]
+        x = x if y is None else mhc_post_res(x, y, *maps)
+        return x, mhc_pre(x, read), self.maps(x)
+
+    def close(self, x, y, carry):
+        read, *maps = carry
+        return mhc_post_res(x, y, *maps), (read,)
+
+    @staticmethod
+    def collapse(x, carry):
+        return mhc_pre(x, *carry)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+def test_what_a_residual_connection_carries_over_is_replayed(autocast, monkeypatch):
+    monkeypatch.setitem(RESIDUALS, "lagging", Lagging)
+    model = make(residual="lagging", impl="ref")
+    wanted = step(model, autocast)
+    assert model.layers[-1].mlp_residual.b.grad[:4].abs().min() > 0  # the H_pre that collapse reads through
+    for mode, block in (("none", 2), ("mhc", 1), ("mhc", 4), ("full", 1), ("full", 4)):
+        recompute.apply(model, mode, block)
+        assert same(step(model, autocast), wanted), (mode, block)
+
+
+def test_no_sublayers_change_nothing():
+    x, carry = torch.randn(2, 3, 4, 5), (torch.randn(2, 3, 4),)
+    assert run_sublayers(x, [], carry=carry) == (x, carry)
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])

@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules in the root
 import recompute
 from configurator import at_least, between, configure, fail
-from model import GPT, MLA, GPTConfig, LatentCache, MoE, RMSNorm, make_residual, rope_angles
+from model import GPT, MLA, RESIDUALS, GPTConfig, LatentCache, MoE, RMSNorm, rope_angles
 from plan import measured_bytes
 from tools import kernel_report
 
@@ -131,20 +131,23 @@ def block_sublayers(C):
 def make_variant(C, residual, impl, sublayers):
     """-> (forward, leaves, modules): forward(*leaves) runs the block; the modules' gradients are computed too."""
     config = block_config(C, residual, impl)
+    kind = RESIDUALS[residual]
     residuals = block_parts(config, lambda: {
-        "attn_residual": make_residual(config, 2 * MIDDLE), "mlp_residual": make_residual(config, 2 * MIDDLE + 1)
+        "attn_residual": kind(config, 2 * MIDDLE), "mlp_residual": kind(config, 2 * MIDDLE + 1)
     })  # fmt: skip
     B, n = tokens // seq_len, config.n_streams
     torch.manual_seed(seed)  # the same numbers for every variant of one shape
     leaves = [torch.randn(B, seq_len, n, C), torch.randn(B, seq_len, C)]
-    if residual != "baseline":
-        leaves += [2 * torch.rand(B, seq_len, n), torch.randn(B, seq_len, n, n).softmax(-1)]
+    with torch.no_grad():
+        carry = residuals[0](leaves[0], None, None)[2] or ()  # its shapes; its values would be one kind's own
+    leaves += [torch.randn(t.shape).softmax(-1) for t in carry]
 
-    def forward(x, y, H_post=None, H_res=None):
+    def forward(x, y, *carry):
+        carry = carry or None
         for connection, (norm, f) in zip(residuals, sublayers, strict=True):
-            x, x_in, H_post, H_res = connection(x, y, H_post, H_res)
+            x, x_in, carry = connection(x, y, carry)
             y = f(norm(x_in))
-        return [v for v in (x, y, H_post, H_res) if v is not None]
+        return [x, y, *(carry or ())]
 
     return forward, leaves, residuals
 
@@ -328,7 +331,7 @@ def generate():
     print(f"one token after {context}, one sequence, fp32, 12 blocks; {torch.get_num_threads()} threads, "
           f"median of {rounds} rounds in turn")  # fmt: skip
     for C, shape in GENERATORS.items():
-        for residual in ("baseline", "hc", "mhc"):
+        for residual in RESIDUALS:
             model = GPT(GPTConfig(vocab_size=2048, n_layer=12, n_embd=C, residual=residual, **shape))
             model.init_weights(seed)
             seconds = time_in_turn(next_token(model.eval()), rounds)
