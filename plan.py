@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import model as model_file
-from model import GPT, RESIDUALS
+from model import GPT, MHC, RESIDUALS
 from parallel import check_batch, check_layout, groups
 from recompute import best_block, block_cost, block_length
 
@@ -174,7 +174,7 @@ def report(config, s):
     print(f"steps={s['max_steps']}  tokens={tokens}  ({tokens / 1e9:.1f}B)")
     print(f"days={days:.1f} on {world} x {s['plan_device']} at plan_mfu={s['plan_mfu']} of {peak / 1e12:.0f} TFLOP/s")
     if RESIDUALS[config.residual].has_maps:
-        first = f"maps_init={config.maps_init!r}, " if config.residual == "mhc" else ""
+        first = f"maps_init={config.maps_init!r}, " if issubclass(RESIDUALS[config.residual], MHC) else ""
         print(
             f"maps: {first}LR of alpha and b {s['lr'] * s['maps_lr_scale']:.3g} (maps_lr_scale={s['maps_lr_scale']:g})"
         )
