@@ -2,8 +2,9 @@
 PYTHON ?= python3
 py := .venv/bin/python
 rounds ?= 50
+jobs ?= 2
 
-.PHONY: demo test lint drill clean
+.PHONY: demo demo-seeds report test lint drill clean
 
 demo: .venv/done
 	$(py) prepare_data.py --dataset=python --tokenizer=bpe2048
@@ -11,6 +12,16 @@ demo: .venv/done
 	  $(py) train.py config/demo.py --residual=$$residual --out_dir=out/demo/$$residual --init_from=scratch || exit 1; \
 	done
 	$(py) figures.py out/demo/baseline out/demo/hc out/demo/mhc --out=out/demo/report.png
+
+# Five seeds of the demo, through experiments.py: rows in results/rates.csv; then the report, and README's picture.
+demo-seeds: .venv/done
+	$(py) prepare_data.py --dataset=python --tokenizer=bpe2048
+	$(py) experiments.py demo --jobs=$(jobs)
+	$(py) tools/report.py
+
+# REPORT.md and its pictures from results/*.csv; nothing is trained.
+report: .venv/done
+	$(py) tools/report.py
 
 test: .venv/done
 	$(py) -m pytest -q tests

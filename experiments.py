@@ -23,14 +23,16 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 import train
 from checkpoint import whole_file, write_json
-from configurator import at_least, configure, fail
+from configurator import at_least, configure, fail, read_file
 
 jobs = 1  # cells at a time, a thread each
 quick = False  # 10 steps and 2 seeds a cell, into out/experiments/quick: to see that it runs
@@ -39,7 +41,7 @@ only = ""  # run only cells in whose names all of these words stand, separated b
 results = "results"  # folder of the CSV files
 runs = "out/experiments"  # folder of the run folders
 
-# -- the table of experiments: name -> what it asks, a config file, and the cells in the order they are run ------------
+# -- the table of experiments -----------------------------------------------------------------------------------------
 
 SEEDS = (1337, 2, 3, 4, 5)
 DEMO = "config/demo.py"
@@ -52,21 +54,113 @@ def grid(**axes):
 
 
 def rates():
-    """The cells that decide the question first."""
-    hc, home, paper = (
-        dict(residual="hc"),
-        dict(residual="mhc", maps_init="home"),
-        dict(residual="mhc", maps_init="paper"),
-    )
-    first = [(hc, 1), (hc, 100), (home, 100), (home, 30), (home, 1)]
-    rest = [(kind, scale) for scale in (10, 30, 300, 100, 1) for kind in (hc, home, paper)]
-    wanted = first + [cell for cell in rest if cell not in first]
-    cells = [c for kind, scale in wanted for c in grid(**kind, maps_lr_scale=scale, seed=SEEDS)]
+    """The cells that decide the question first, seed by seed."""
+    hc, home, paper = ({"residual": "hc"}, *({"residual": "mhc", "maps_init": init} for init in ("home", "paper")))
+    baseline = [{"residual": "baseline"}]
+    first = [(hc, 100), (home, 100), (hc, 1), (home, 1)]
+    then = [(home, 30), (hc, 10), (paper, 100), (paper, 1)]
+    rest = [(kind, scale) for scale in (30, 300, 10) for kind in (hc, home, paper) if (kind, scale) not in then]
+    kinds = [[kind | {"maps_lr_scale": scale} for kind, scale in some] for some in (first, then, rest)]
+    return [kind | {"seed": seed} for some in (baseline + kinds[0], *kinds[1:]) for seed in SEEDS for kind in some]
+
+
+def demo():
+    """The demo's three runs with five seeds: cells of `rates`, and rows in its file."""
+    scale = read_file(DEMO).get("maps_lr_scale", 1)
+    kinds = [{"residual": "hc"}, {"residual": "mhc", "maps_init": "home"}]
+    return grid(residual="baseline", seed=SEEDS) + [
+        k | {"maps_lr_scale": scale, "seed": s} for s in SEEDS for k in kinds
+    ]
+
+
+# 0.32M, 0.62M and 1.2M parameters, and tokens in proportion to the active ones: 123k, 215k, 410k
+SIZES = grid(n_layer=4, n_embd=32, max_steps=60) + grid(n_layer=6, n_embd=48, max_steps=105) + grid(n_layer=10)
+KINDS = [
+    {"residual": "baseline"},
+    {"residual": "hc"},
+    {"residual": "mhc"},
+    {"residual": "mhc", "manifold": "identity"},
+    {"residual": "mhc", "single_pass": True},
+]
+
+
+def rated(size, kind):
+    """Cells that try the rates of a kind at a size, on one seed."""
+    scales = {"baseline": [1], "hc": [1, 10, 30], "mhc": [30, 100]}[kind["residual"]]
+    return [size | kind | rate | {"seed": 1337} for rate in grid(lr=[1.5e-3, 3e-3, 6e-3], maps_lr_scale=scales)]
+
+
+def tune():
+    """Rates for `sizes`."""
+    return [cell for size in SIZES for kind in KINDS for cell in rated(size, kind)]
+
+
+def sizes():
+    """Each kind at the best of its rates in `tune`, on seeds that did not choose them."""
+    rows, cells = read_rows(os.path.join(results, "tune.csv")), []
+    for size, kind in itertools.product(SIZES, KINDS):
+        tried = rated(size, kind)
+        losses = {name_of(c): float(rows[name_of(c)]["val_loss"] or "inf") for c in tried if name_of(c) in rows}
+        if len(losses) == len(tried):  # else: `tune` has not been run for this kind
+            best = min(tried, key=lambda c: losses[name_of(c)])
+            cells += [best | {"seed": seed} for seed in (*SEEDS[1:], 6)]
+    return cells
+
+
+def decides():
+    """What decides HC against mHC, beside the rate and the start of `rates`: length, depth, alpha."""
+    kinds = grid(residual="hc") + grid(residual="mhc", maps_init=["home", "paper"])
+    how = grid(max_steps=800) + grid(n_layer=20) + grid(alpha_init=[0.1, 1.0])
+    cells = [h | k | {"maps_lr_scale": scale} for h in how for scale in (1, 100) for k in kinds]
+    baselines = [h | {"residual": "baseline"} for h in how[:2]]  # alpha is nothing to it
+    return [cell | {"seed": seed} for cell in baselines + cells for seed in SEEDS]
+
+
+def depth():
+    """8 to 96 sublayers, at the paper's rate and one at which HC is in trouble."""
+    kinds = grid(residual="hc") + grid(residual="mhc", maps_init=["home", "paper"])
+    return [
+        {"n_layer": n} | k | c for n in (4, 12, 24, 48) for c in grid(maps_lr_scale=[1, 100], seed=SEEDS) for k in kinds
+    ]
+
+
+def ablation():
+    """Table 1: a map that is not learned is fixed to 1/n, ones or I."""
+    maps = ["res", "pre,res", "pre,post,res"]
+    cells = grid(residual=["hc", "mhc"], maps_lr_scale=[1, 30], learned_maps=maps, seed=SEEDS)
     return grid(residual="baseline", seed=SEEDS) + cells
 
 
+def choices():
+    """What the paper leaves open, one at a time, at the rate at which mHC is at its best in `rates`."""
+    manifolds = ["sinkhorn", "identity", "permutations", "kronecker", "orthostochastic", "budget"]
+    changes = grid(manifold=manifolds) + grid(single_pass=True) + grid(collapse="head")
+    changes += grid(n_streams=[1, 2, 8]) + grid(sinkhorn_iters=[1, 3, 50])
+    return [{"residual": "mhc", "maps_lr_scale": 100} | c | {"seed": seed} for c in changes for seed in SEEDS]
+
+
+class Experiment(NamedTuple):
+    question: str
+    cells: Callable  # -> a list of dicts, in the order they are run
+    config: str = DEMO
+    file: str = ""  # of the results, where it is not the experiment's name
+
+
 EXPERIMENTS = {
-    "rates": ("Which rate of alpha and b do HC and mHC need, and which do they survive?", DEMO, rates),
+    "rates": Experiment("Which rate of alpha and b do HC and mHC need, and which do they survive?", rates),
+    "demo": Experiment("What does `make demo` show over five seeds?", demo, file="rates"),
+    "tune": Experiment("Which rates are best for each kind and size (for `sizes`)?", tune),
+    "sizes": Experiment("Figs 5 and 6: who is ahead, each at its best rate, at three sizes?", sizes),
+    "decides": Experiment("What decides HC against mHC: rate, start, length, depth, alpha?", decides),
+    "depth": Experiment("Figs 2, 3, 7, 8: what do the gains do over depth, and does mHC live where HC dies?", depth),
+    "ablation": Experiment("Table 1: which of the maps brings the gain?", ablation),
+    "choices": Experiment("What do the choices that the paper leaves open cost or bring?", choices),
+}
+ELSEWHERE = {  # not a grid of short runs
+    "overhead": "python tools/bench.py cpu --rounds=15",
+    "memory": "python tools/bench.py memory",
+    "upcycling": "python convert.py RUN OUT --residual=mhc",
+    "downstream": "python experiments.py sizes --keep=True; python eval.py RUN RUN --tasks=all",
 }
 QUICK = dict(max_steps=10, warmup_steps=2, eval_interval=10, eval_sequences=8)
 
@@ -82,7 +176,7 @@ def name_of(cell):
 def cells_of(experiment):
     """-> the cells that train.py has the settings for; says which it has not."""
     possible, missing = [], {}
-    for cell in EXPERIMENTS[experiment][2]():
+    for cell in EXPERIMENTS[experiment].cells():
         lacks = [k for k, v in cell.items() if k not in vars(train) or k in train.RULES and not train.RULES[k][0](v)]
         if lacks:
             missing.setdefault(", ".join(f"{k}={cell[k]!r}" for k in lacks), []).append(cell)
@@ -219,10 +313,7 @@ def run_cell(config, cell, folder):
     command = [sys.executable, os.path.join(here, "train.py"), config, f"--out_dir={folder}", *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     with open(log, "a") as out:
-        # a session of its own: the terminal's Ctrl-C would reach train.py a second time, which means "at once"
-        process = subprocess.Popen(
-            [*command, "--checkpoint_interval=1000000000"], stdout=out, stderr=out, env=env, start_new_session=True
-        )
+        process = subprocess.Popen([*command, "--checkpoint_interval=1000000000"], stdout=out, stderr=out, env=env)
         running.add(process)
         if stopping.is_set():
             process.send_signal(signal.SIGTERM)
@@ -240,9 +331,9 @@ def run_cell(config, cell, folder):
 
 def run(experiment):
     """Run the cells without a row. -> how many have failed."""
-    _, config, _ = EXPERIMENTS[experiment]
+    config, file = EXPERIMENTS[experiment].config, EXPERIMENTS[experiment].file or experiment
     cells, place = cells_of(experiment), "quick" if quick else ""
-    path = os.path.join(runs, place, f"{experiment}.csv") if quick else os.path.join(results, f"{experiment}.csv")
+    path = os.path.join(os.path.join(runs, place) if quick else results, f"{file}.csv")
     if quick:
         cells = {n: c for n, c in cells.items() if c.get("seed") in (None, *SEEDS[:2])}
     rows = read_rows(path)
@@ -253,7 +344,7 @@ def run(experiment):
     def work(name, cell):
         if stopping.is_set():
             return
-        folder = os.path.join(runs, place, experiment, name)
+        folder = os.path.join(runs, place, file, name)
         try:
             row = run_cell(config, cell, folder)
         except RuntimeError as e:
@@ -286,9 +377,11 @@ def hold(experiment):
 
 
 def overview():
-    for name, (question, _, _) in EXPERIMENTS.items():
-        cells, rows = cells_of(name), read_rows(os.path.join(results, f"{name}.csv"))
-        print(f"{name:<12} {sum(n in rows for n in cells):>4} of {len(cells):>4} cells done   {question}")
+    for name, experiment in EXPERIMENTS.items():
+        cells, rows = cells_of(name), read_rows(os.path.join(results, f"{experiment.file or name}.csv"))
+        print(f"{name:<10} {sum(n in rows for n in cells):>4} of {len(cells):>4} cells done   {experiment.question}")
+    for name, command in ELSEWHERE.items():
+        print(f"{name:<10} {command}")
 
 
 def main():
@@ -296,6 +389,8 @@ def main():
     names = [a for a in argv if not a.startswith("-") and not a.endswith(".py")]
     configure(globals(), {"jobs": at_least(1)}, [a for a in argv if a not in names])
     for name in names:
+        if name in ELSEWHERE:
+            fail(f"{name} is not a grid of runs: {ELSEWHERE[name]}")
         if name not in EXPERIMENTS:
             fail(f"{name!r}: wanted one of {', '.join(EXPERIMENTS)}")
     if not names:
@@ -304,7 +399,7 @@ def main():
     signal.signal(signal.SIGINT, stop)
     failed = 0
     for name in names:
-        with hold(name):
+        with hold(EXPERIMENTS[name].file or name):
             failed += run(name)
     if stopping.is_set():
         print("stopped; the same command goes on from there")

@@ -27,7 +27,7 @@ def tiny(tmp_path_factory):
 def table(tiny, monkeypatch):
     """Two cells; results and run folders in a temporary place."""
     cells = lambda: experiments.grid(residual=["baseline", "mhc"], seed=2)  # noqa: E731
-    monkeypatch.setattr(experiments, "EXPERIMENTS", {"tiny": ("?", str(tiny / "tiny.py"), cells)})
+    monkeypatch.setattr(experiments, "EXPERIMENTS", {"tiny": experiments.Experiment("?", cells, str(tiny / "tiny.py"))})
     monkeypatch.setattr(experiments, "runs", str(tiny / "out"))
     monkeypatch.setattr(experiments, "results", str(tiny / "results"))
     monkeypatch.setattr(experiments, "quick", True)
@@ -68,9 +68,8 @@ def test_a_folder_of_someone_elses_and_a_run_that_fails_are_named_and_nothing_is
     folder = table.parent / "tiny" / "residual=baseline,seed=2"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "mine.txt").write_text("keep me")
-    config = experiments.EXPERIMENTS["tiny"]
-    broken = (config[0], config[1], lambda: experiments.grid(residual="baseline", seed=2) + [dict(n_head=2, n_embd=-1)])
-    experiments.EXPERIMENTS["tiny"] = broken
+    cells = experiments.grid(residual="baseline", seed=2) + [dict(n_head=2, n_embd=-1)]
+    experiments.EXPERIMENTS["tiny"] = experiments.EXPERIMENTS["tiny"]._replace(cells=lambda: cells)
     assert experiments.run("tiny") == 1
     out = capsys.readouterr().out
     assert "was not made by experiments.py; move it away" in out and (folder / "mine.txt").exists()
@@ -79,15 +78,24 @@ def test_a_folder_of_someone_elses_and_a_run_that_fails_are_named_and_nothing_is
 
 
 def test_cells_whose_settings_do_not_exist_yet_are_left_out_and_named(table, capsys):
-    experiments.EXPERIMENTS["tiny"] = ("?", "", lambda: [dict(seed=1), dict(seed=1, warp=9), dict(residual="resnet")])
+    cells = [dict(seed=1), dict(seed=1, warp=9), dict(residual="resnet")]
+    experiments.EXPERIMENTS["tiny"] = experiments.Experiment("?", lambda: cells)
     assert list(experiments.cells_of("tiny")) == ["seed=1"]
     assert "warp=9" in (out := capsys.readouterr().out) and "residual='resnet'" in out
 
 
-def test_every_experiment_of_the_table_has_cells_with_names_of_their_own():
-    for name, (question, config, cells) in experiments.EXPERIMENTS.items():
-        names = [experiments.name_of(cell) for cell in cells()]
-        assert question.endswith("?") and os.path.exists(config) and len(names) == len(set(names)) > 0, name
+def test_every_experiment_of_the_table_has_cells_with_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments, "results", str(tmp_path))
+    losses = {experiments.name_of(c): 5 - i / 1000 for i, c in enumerate(experiments.tune())}
+    experiments.write_rows(str(tmp_path / "tune.csv"), {n: {"cell": n, "val_loss": v} for n, v in losses.items()})
+    for name, experiment in experiments.EXPERIMENTS.items():
+        names = [experiments.name_of(cell) for cell in experiment.cells()]
+        assert experiment.question.endswith("?") and os.path.exists(experiment.config), name
+        assert len(names) == len(set(names)) > 0, name
+    best = [c for c in experiments.sizes() if c["n_layer"] == 10 and c["residual"] == "hc"]
+    assert {(c["lr"], c["maps_lr_scale"]) for c in best} == {(6e-3, 30)}  # of its own rates, the last in this pretence
+    assert 1337 not in {c["seed"] for c in best} and len(best) == 5
+    assert len(experiments.sizes()) == 5 * len(experiments.SIZES) * len(experiments.KINDS)
 
 
 def test_an_unknown_experiment_and_a_second_process_end_in_one_line(table, monkeypatch, capsys):
@@ -95,6 +103,10 @@ def test_an_unknown_experiment_and_a_second_process_end_in_one_line(table, monke
     with pytest.raises(SystemExit):
         experiments.main()
     assert "'tin': wanted one of tiny" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "memory"])
+    with pytest.raises(SystemExit):
+        experiments.main()
+    assert "memory is not a grid of runs: python tools/bench.py memory" in capsys.readouterr().err
     with experiments.hold("tiny"), pytest.raises(SystemExit):
         experiments.hold("tiny")
     assert "tiny is being run by another process" in capsys.readouterr().err

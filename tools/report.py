@@ -1,0 +1,416 @@
+"""REPORT.md and its figures from results/*.csv: nothing is trained here.
+
+    make report                        # or: python tools/report.py
+    python tools/report.py --out=/tmp/REPORT.md --assets=/tmp/assets
+
+Every number of REPORT.md is computed here from rows that experiments.py has written; what has no rows is said not to
+have been run, with the command that would. Differences are paired by seed. A mean has its standard error behind it.
+"""
+
+import csv
+import math
+import os
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules in the root
+from configurator import configure, fail, read_file
+from experiments import DEMO, ELSEWHERE, EXPERIMENTS, read_rows, results
+
+out = "REPORT.md"
+assets = "assets"  # folder of the pictures
+
+BASELINE, HC = {"residual": "baseline"}, {"residual": "hc"}
+HOME, PAPER = ({"residual": "mhc", "maps_init": init} for init in ("home", "paper"))
+COLORS = {"baseline": "#777777", "hc": "#d55e00", "home": "#0072b2", "paper": "#56b4e9"}
+NAMES = {"baseline": "baseline", "hc": "HC", "home": "mHC, 'home'", "paper": "mHC, 'paper'"}
+KINDS = {"baseline": BASELINE, "hc": HC, "home": HOME, "paper": PAPER}
+SCALES = (1, 10, 30, 100, 300)
+BROKEN = 1e6  # a gain beyond which the maps are called broken
+
+
+# -- rows and numbers -------------------------------------------------------------------------------------------------
+
+
+def pick(rows, **settings):
+    """{seed: row} of the rows with these settings."""
+    same = [r for r in rows.values() if all(r.get(k) == f"{v}" for k, v in settings.items())]
+    return {int(r["seed"]): r for r in same}
+
+
+def values(rows, column):
+    """{seed: number}; a loss that is no number any more counts as infinite."""
+    return {seed: float(r[column]) if r[column] not in ("", "nan") else math.inf for seed, r in rows.items()}
+
+
+def mean_se(numbers, digits=3):
+    """'4.570 ± 0.020': the mean and its standard error over seeds."""
+    numbers = list(numbers)
+    if not numbers:
+        return "–"
+    if not all(map(math.isfinite, numbers)):
+        return f"not finite in {sum(not math.isfinite(v) for v in numbers)} of {len(numbers)}"
+    if len(numbers) == 1:
+        return f"{numbers[0]:.{digits}f} (one seed)"
+    error = statistics.stdev(numbers) / math.sqrt(len(numbers))
+    return f"{statistics.mean(numbers):.{digits}f} ± {error:.{digits}f}".replace("-", "−")
+
+
+def paired(a, b, digits=3):
+    """The mean difference a - b over the seeds that both have, with its standard error."""
+    return mean_se((a[s] - b[s] for s in sorted(a.keys() & b.keys())), digits)
+
+
+def span(numbers):
+    """'300 to 1.4e+03', '1.2' where they are equal to two digits."""
+    low, high = (f"{f(numbers):.2g}" for f in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
+def table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def floats(row, column):
+    return np.array([float(v) for v in row[column].split()])
+
+
+def command_of(name):
+    return f"`{ELSEWHERE.get(name) or f'python experiments.py {name}'}`"
+
+
+def not_run(name):
+    return f"Not run yet: {command_of(name)}."
+
+
+# -- rates ------------------------------------------------------------------------------------------------------------
+
+
+def losses(rows, kind, scale):
+    """{seed: validation loss} of a kind in `rates`; the baseline has no scale."""
+    return values(pick(rows, **KINDS[kind], **({} if kind == "baseline" else {"maps_lr_scale": scale})), "val_loss")
+
+
+def gain(rows, kind, scale, column="gain_peak"):
+    return values(pick(rows, **KINDS[kind], maps_lr_scale=scale), column)
+
+
+def best_scale(rows, kind):
+    """The scale with the lowest mean loss among those run with all seeds. -> None if there is none"""
+    most = len(losses(rows, "baseline", 1))
+    means = {s: statistics.mean(v.values()) for s in SCALES if len(v := losses(rows, kind, s)) >= max(2, most)}
+    return min(means, key=means.get, default=None)
+
+
+def rates_section(rows):
+    if not rows:
+        return not_run("rates")
+    base = losses(rows, "baseline", 1)
+    lines = []
+    for kind in ("hc", "home", "paper"):
+        for scale in SCALES:
+            if loss := losses(rows, kind, scale):
+                gains = gain(rows, kind, scale)
+                broke = sum(not g < BROKEN for g in gains.values())
+                row = [NAMES[kind], f"× {scale}", len(loss), mean_se(loss.values()), paired(loss, base)]
+                lines.append([*row, span(gains.values()), f"{broke} of {len(gains)}"])
+    header = ["", "rate of α, b", "seeds", "val. loss", "less the baseline's", "peak gain", f"gain above {BROKEN:.0e}"]
+    text = f"Baseline: {mean_se(base.values())} ({len(base)} seeds). `config/demo.py`: 1.2M parameters, 20 sublayers, "
+    text += (
+        "200 steps, 410k tokens. `maps_lr_scale` multiplies the rate of α and b of the maps and nothing else; the peak "
+    )
+    text += (
+        "gain is the largest composite gain, forward or backward, at any depth at any of five looks over training.\n\n"
+    )
+    return text + table(header, lines) + f"\n\n{rates_findings(rows)}\n\n![rates]({os.path.join(assets, 'rates.png')})"
+
+
+def rates_findings(rows):
+    """What the table says, in numbers."""
+    hc, home = best_scale(rows, "hc"), best_scale(rows, "home")
+    if hc is None or home is None:
+        return "Too few cells for a verdict yet."
+    lines = [f"- Each at its best rate among those run with all seeds: HC × {hc} less mHC × {home}: "
+             f"{paired(losses(rows, 'hc', hc), losses(rows, 'home', home))}."]  # fmt: skip
+    for scale in SCALES:
+        a, b = losses(rows, "hc", scale), losses(rows, "home", scale)
+        if len(a.keys() & b.keys()) > 1:
+            lines.append(f"- Both at × {scale}: HC less mHC {paired(a, b)} ({len(a.keys() & b.keys())} seeds).")
+    return "\n".join(lines)
+
+
+def draw_rates(rows):
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    base = list(losses(rows, "baseline", 1).values())
+    left.axhline(statistics.mean(base), color=COLORS["baseline"], label="baseline")
+    for kind in ("hc", "home", "paper"):
+        points = [
+            (s, list(v.values()), list(gain(rows, kind, s).values())) for s in SCALES if (v := losses(rows, kind, s))
+        ]
+        if not points:
+            continue
+        for ax, column in ((left, 1), (right, 2)):
+            style = {"color": COLORS[kind], "label": NAMES[kind], "linewidth": 1.2, "marker": "o", "markersize": 3}
+            middle = statistics.mean if column == 1 else statistics.median
+            ax.plot([p[0] for p in points], [middle(p[column]) for p in points], **style)
+            for p in points:
+                ax.scatter([p[0]] * len(p[column]), p[column], color=COLORS[kind], s=6, alpha=0.5)
+    for ax, title in ((left, "validation loss (mean; points: seeds)"), (right, "peak composite gain (median)")):
+        ax.set(xscale="log", xlabel="maps_lr_scale", title=title)
+        ax.grid(alpha=0.25, linewidth=0.5)
+        ax.legend(frameon=False, fontsize=8)
+    right.set_yscale("log")
+    save(fig, "rates")
+
+
+# -- the demo ---------------------------------------------------------------------------------------------------------
+
+
+def demo_rows(rows):
+    """{kind: {seed: row}} of the demo's settings."""
+    scale = read_file(DEMO).get("maps_lr_scale", 1)
+    found = {kind: pick(rows, **KINDS[kind], maps_lr_scale=f"{scale:g}") for kind in ("hc", "home")}
+    return {"baseline": pick(rows, **BASELINE)} | found
+
+
+def demo_table(rows):
+    """README's table."""
+    kinds, lines = demo_rows(rows), []
+    base = values(kinds["baseline"], "val_loss")
+    for kind, some in kinds.items():
+        if not some:
+            continue
+        loss, params = values(some, "val_loss"), int(next(iter(some.values()))["params"])
+        gains = (
+            ["–", "–"] if kind == "baseline" else [span(values(some, f"gain_{w}_max").values()) for w in ("fwd", "bwd")]
+        )
+        less = "–" if kind == "baseline" else paired(loss, base)
+        name = "mHC" if kind == "home" else NAMES[kind]
+        lines.append([name, f"{params:,}", *gains, mean_se(loss.values()), less, len(some)])
+    header = ["", "parameters", "gain forward", "gain backward", "val. loss", "less the baseline's", "seeds"]
+    return table(header, lines)
+
+
+def band(ax, x, curves, kind, label):
+    """Each seed thin, their geometric or plain mean thick."""
+    log = ax.get_yscale() == "log"
+    for curve in curves:
+        ax.plot(x, curve, color=COLORS[kind], linewidth=0.5, alpha=0.5)
+    mean = np.exp(np.log(curves).mean(0)) if log else curves.mean(0)
+    ax.plot(x, mean, color=COLORS[kind], linewidth=1.6, label=label)
+
+
+def draw_demo(rows):
+    """Gains over depth first, then the loss: each seed, and the mean."""
+    kinds = demo_rows(rows)
+    fig, axes = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+    for ax, way, title in zip(axes, ("fwd", "bwd"), ("forward (row sums)", "backward (column sums)"), strict=False):
+        ax.set_yscale("log")
+        for kind in ("hc", "home"):
+            if kinds[kind]:
+                curves = np.stack([floats(r, f"{way}_max") for r in kinds[kind].values()])
+                band(ax, np.arange(1, curves.shape[1] + 1), curves, kind, "mHC" if kind == "home" else "HC")
+        ax.axhline(1, color="black", linewidth=0.5)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        ax.set(title=f"composite gain, {title}", xlabel="sublayer l", ylabel="Amax gain magnitude")
+    base = kinds["baseline"]
+    for kind in ("hc", "home"):
+        seeds = sorted(kinds[kind].keys() & base.keys())
+        if seeds:
+            curves = np.stack([floats(kinds[kind][s], "loss_curve") - floats(base[s], "loss_curve") for s in seeds])
+            band(axes[2], floats(base[seeds[0]], "at_step"), curves, kind, "mHC" if kind == "home" else "HC")
+    axes[2].axhline(0, color=COLORS["baseline"], linewidth=1, label="baseline")
+    axes[2].set(title="training loss less the baseline's, same seed", xlabel="step", ylabel="nats per token")
+    for ax in axes:
+        ax.grid(alpha=0.25, linewidth=0.5)
+        ax.legend(frameon=False, fontsize=8)
+    save(fig, "demo")
+
+
+# -- any other experiment: a table of its rows, averaged over seeds --------------------------------------------------
+
+VARYING = (
+    "n_layer n_embd max_steps residual manifold single_pass maps_init learned_maps lr maps_lr_scale alpha_init "
+    "collapse n_streams sinkhorn_iters"
+).split()
+
+
+def grid_section(name):
+    """One line for each combination of settings, averaged over its seeds."""
+    rows = read_rows(os.path.join(results, f"{name}.csv"))
+    if not rows:
+        return not_run(name)
+    groups = {}
+    for row in rows.values():
+        groups.setdefault(tuple((k, row[k]) for k in VARYING if row.get(k)), []).append(row)
+    columns = [k for k in VARYING if any(k in dict(g) for g in groups)]
+    lines = []
+    for group, some in groups.items():
+        loss = values({int(r["seed"]): r for r in some}, "val_loss").values()
+        gains = [float(r["gain_peak"] or "nan") for r in some]
+        peak = "–" if any(map(math.isnan, gains)) else span(gains)
+        lines.append([*(dict(group).get(k, "") for k in columns), len(some), mean_se(loss), peak])
+    done = len(rows)
+    wanted = len(EXPERIMENTS[name].cells())
+    return f"{done} of {wanted} cells.\n\n" + table([*columns, "seeds", "val. loss", "peak gain"], lines)
+
+
+# -- the first page ---------------------------------------------------------------------------------------------------
+
+
+def verdicts(rows):
+    """(claim, the paper's number, ours, command, seconds of training, verdict) of each claim."""
+    seconds = sum(float(r["seconds"]) for r in rows.values())
+    hc, home = best_scale(rows, "hc"), best_scale(rows, "home")
+    run = ("`python experiments.py rates`", f"{seconds / 3600:.1f} core-hours")
+    lines = []
+
+    def claim(what, paper, ours, verdict, by=run):
+        lines.append([what, paper, ours, *by, verdict])
+
+    def waiting(what, paper, name, ours="not run yet", verdict="open"):
+        claim(what, paper, ours, verdict, (command_of(name), "–"))
+
+    if hc is not None and home is not None:
+        claims_of_rates(rows, hc, home, claim)
+    else:
+        waiting("HC's gain explodes over depth, mHC's does not; mHC trains on where HC breaks", "3000 / 1.6", "rates")
+    waiting("the order of losses, each at its best rate, at three sizes (Fig 5)", "mHC −0.021 (27B)", "sizes")
+    waiting("H_res brings most of the gain (Table 1, HC)", "−0.022 of −0.027", "ablation")
+    waiting("gains over 8 to 96 sublayers (Figs 3, 7)", "3000 / 1.6", "depth")
+    elsewhere = {"ours": "README, 'Sample, evaluate, measure'", "verdict": "on CPUs alone"}
+    waiting("added step time", "6.7 % (their cluster)", "overhead", **elsewhere)
+    waiting("memory of recomputation (Table 3)", "L_r* ≈ 6.3", "memory", **elsewhere)
+    waiting("a trained baseline goes on as mHC", "–", "upcycling")
+    waiting("the gap persists with compute (Fig 6)", "attenuates slightly", "sizes")
+    waiting("benchmarks (Table 4)", "mHC ahead of HC in 7 of 8 (27B)", "downstream", verdict="out of reach here")
+    return lines
+
+
+def claims_of_rates(rows, hc, home, claim):
+    """The claims that `rates` speaks to, at toy size. Fewer than five seeds are no verdict."""
+    base, best_hc, best_home = (losses(rows, k, s) for k, s in (("baseline", 1), ("hc", hc), ("home", home)))
+    at_one = [span(gain(rows, k, 1).values()) if gain(rows, k, 1) else "–" for k in ("hc", "home")]
+    claim("HC's gain explodes over depth, mHC's does not (Figs 3, 7)", "3000 / 1.6 (27B)",
+          f"HC {at_one[0]}, mHC {at_one[1]} at the paper's rate",
+          verdict("reproduced, at toy size", gain(rows, "hc", 1), gain(rows, "home", 1)))  # fmt: skip
+    a, b = losses(rows, "hc", 100), losses(rows, "home", 100)
+    if len(a.keys() & b.keys()) > 1:
+        broke = gain(rows, "hc", 100)
+        n = sum(not g < BROKEN for g in broke.values())
+        claim("mHC trains on where HC breaks (Fig 2)", "HC's loss surges at step 12k of 50k",
+              f"rate of α, b × 100: HC's gain {span(broke.values())}; HC less mHC {paired(a, b)}",
+              verdict("reproduced, with the rate raised" if 2 * n > len(broke) else "not seen", a, b))  # fmt: skip
+    claim(
+        "mHC beats the baseline (Fig 5)",
+        "−0.021 (27B)",
+        f"{paired(best_home, base)} (× {home})",
+        verdict("reproduced, at toy size" if is_below(best_home, base) else "not reproduced", best_home, base),
+    )
+    claim(
+        "mHC beats HC (Table 4, Fig 2)",
+        "7 of 8 benchmarks",
+        f"each at its best rate: mHC less HC {paired(best_home, best_hc)}",
+        verdict("reproduced" if is_below(best_home, best_hc) else "not reproduced here", best_home, best_hc),
+    )
+
+
+def verdict(words, *losses):
+    """words, if each of these {seed: number} has at least five seeds."""
+    fewest = min(map(len, losses))
+    return words if fewest >= 5 else f"open: {fewest} of 5 seeds"
+
+
+def is_below(a, b):
+    """Whether a is below b by more than two standard errors of the paired difference."""
+    d = [a[s] - b[s] for s in a.keys() & b.keys()]
+    if len(d) < 2 or not all(map(math.isfinite, d)):
+        return False
+    return statistics.mean(d) + 2 * statistics.stdev(d) / math.sqrt(len(d)) < 0
+
+
+def leaderboard(rows):
+    """Our means at the demo's settings, then the lines of results/leaderboard.csv, best loss first."""
+    lines = []
+    for kind in KINDS:
+        for scale in (1,) if kind == "baseline" else SCALES:
+            some = pick(rows, **KINDS[kind], **({} if kind == "baseline" else {"maps_lr_scale": scale}))
+            loss = list(values(some, "val_loss").values())
+            if len(loss) > 1 and all(map(math.isfinite, loss)):
+                row = next(iter(some.values()))
+                name = NAMES[kind] + ("" if kind == "baseline" else f", maps_lr_scale={scale}")
+                flags = row["cell"].rsplit(",seed=", 1)[0].replace(",", " --")
+                command = f"`python train.py config/demo.py --{flags}`"
+                lines.append(
+                    (statistics.mean(loss), ["demo.py", name, mean_se(loss), row["tokens"], command, row["commit"]])
+                )
+    path = os.path.join(results, "leaderboard.csv")
+    if os.path.exists(path):
+        with open(path, newline="") as f:
+            for row in csv.reader(f):
+                if row and row[0] != "config":
+                    lines.append((float(row[2].split()[0]), row))
+    return [line for _, line in sorted(lines, key=lambda pair: pair[0])]
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+SECTIONS = ("tune", "sizes", "decides", "depth", "ablation", "choices")
+
+
+def page(rows):
+    n = len(EXPERIMENTS["rates"].cells())
+    parts = [
+        "# What of the paper can be seen on a CPU",
+        "Written by `make report` from `results/*.csv`, which `python experiments.py NAME` fills; no number is typed "
+        "in by hand. Losses are validation losses in nats a token, means ± standard errors over seeds; differences are "
+        "paired by seed, which fixes weights and data alike. 1.2M parameters say nothing about the losses at 27B; what "
+        "may carry over is the mechanism, the gain.",
+        table(["claim", "the paper's", "ours", "command", "training time", "verdict"], verdicts(rows)),
+        f"## The rate of the maps ({len(rows)} of {n} cells)\n\n{rates_section(rows)}",
+        "## The demo over five seeds\n\n" + (demo_table(rows) if rows else not_run("demo"))
+        + f"\n\n![demo]({os.path.join(assets, 'demo.png')})",
+        *(f"## {name}: {EXPERIMENTS[name].question}\n\n{grid_section(name)}" for name in SECTIONS),
+        "## Leaderboard\n\nA line is a mean over seeds. To add one, append `config,variant,loss,tokens,command,commit` "
+        "to `results/leaderboard.csv` and run `make report`.\n\n"
+        + table(["config", "variant", "val. loss", "tokens", "command", "commit"], leaderboard(rows)),
+    ]  # fmt: skip
+    return "\n\n".join(parts) + "\n"
+
+
+def save(fig, name):
+    path = os.path.join(assets, f"{name}.png")
+    try:
+        os.makedirs(assets, exist_ok=True)
+        fig.savefig(path + ".tmp", dpi=130, format="png")
+        os.replace(path + ".tmp", path)
+    except OSError as e:
+        fail(f"assets={assets!r}: {path} cannot be drawn: {e.strerror}")
+    plt.close(fig)
+
+
+def main():
+    configure(globals())
+    rows = read_rows(os.path.join(results, "rates.csv"))
+    if losses(rows, "baseline", 1):
+        draw_rates(rows)
+        draw_demo(rows)
+    try:
+        with open(out + ".tmp", "w") as f:
+            f.write(page(rows))
+        os.replace(out + ".tmp", out)
+    except OSError as e:
+        fail(f"out={out!r}: cannot be written: {e.strerror}")
+    print(f"{out}: {len(rows)} cells of rates")
+
+
+if __name__ == "__main__":
+    main()
