@@ -1,0 +1,91 @@
+"""tools/report.py: numbers, their errors and verdicts from rows; no number without rows."""
+
+import math
+
+import pytest
+
+import experiments
+from tools import report
+
+
+def rows_with(losses, gains):
+    """{cell: row} of `rates`: losses and gains by (kind, scale), one per seed."""
+    rows = {}
+    for (kind, scale), some in losses.items():
+        for seed, loss in zip(experiments.SEEDS, some, strict=False):
+            cell = {**report.KINDS[kind], "maps_lr_scale": scale, "seed": seed}
+            row = {
+                "cell": experiments.name_of(cell),
+                **cell,
+                "val_loss": loss,
+                "seconds": 36,
+                "tokens": 5,
+                "commit": "c",
+            }
+            gain = gains.get((kind, scale), [""] * 5)[experiments.SEEDS.index(seed)]
+            row |= {"gain_peak": gain, "gain_fwd_max": gain, "gain_bwd_max": gain, "fwd_max": "1 2", "bwd_max": "2 1"}
+            rows[row["cell"]] = row | {"at_step": "1 2", "loss_curve": "5 4", "params": 1000}
+    return rows
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "results", str(tmp_path / "results"))
+    monkeypatch.setattr(experiments, "results", str(tmp_path / "results"))
+    monkeypatch.setattr(report, "out", str(tmp_path / "REPORT.md"))
+    monkeypatch.setattr(report, "assets", str(tmp_path / "assets"))
+    monkeypatch.setattr(report, "configure", lambda settings: None)
+    return tmp_path
+
+
+LOSSES = {
+    ("baseline", 1): [5.0, 4.9, 5.1, 4.8, 5.2], ("hc", 1): [4.6, 4.5, 4.7, 4.4, 4.8],
+    ("hc", 100): [7.0, "", 6.0, 5.5, 5.0], ("home", 1): [4.8, 4.7, 4.9, 4.6, 5.0],
+    ("home", 100): [4.5, 4.41, 4.58, 4.3, 4.71],
+}  # fmt: skip
+GAINS = {
+    ("hc", 1): [100, 110, 120, 130, 140], ("hc", 100): ["1e9", "nan", "1e12", "1e8", "1e20"],
+    ("home", 1): [1.1] * 5, ("home", 100): [1.0, 1.2, 1.1, 1.3, 1.4],
+}  # fmt: skip
+
+
+def test_means_and_paired_differences_have_their_standard_error():
+    assert report.mean_se([4.0, 5.0, 6.0]) == "5.000 ± 0.577"  # sd 1 over sqrt 3
+    assert report.mean_se([4.0]) == "4.000 (one seed)" and report.mean_se([]) == "–"
+    assert report.mean_se([4.0, math.inf]) == "not finite in 1 of 2"
+    a, b = {1: 5.0, 2: 7.0, 3: 1.0}, {1: 4.0, 2: 8.0, 4: 9.0}
+    assert report.paired(b, a) == "0.000 ± 1.000"  # seeds 1 and 2 alone: differences -1 and 1
+    assert report.paired({1: 1.0, 2: 1.5}, {1: 2.0, 2: 2.0}) == "−0.750 ± 0.250"
+
+
+def test_a_page_from_rows(place):
+    experiments.write_rows(str(place / "results" / "rates.csv"), rows_with(LOSSES, GAINS))
+    (place / "results" / "leaderboard.csv").write_text(
+        "config,variant,loss,tokens,command,commit\nx.py,mine,4.4,7,`do`,d\n"
+    )
+    report.main()
+    page = (place / "REPORT.md").read_text()
+    assert "| HC | × 100 | 5 | not finite in 1 of 5 | not finite in 1 of 5 | 1e+08 to inf | 5 of 5 |" in page
+    assert "| mHC, 'home' | × 100 | 5 | 4.500 ± 0.070 | −0.500 ± 0.005 | 1 to 1.4 | 0 of 5 |" in page
+    assert "HC × 1 less mHC × 100: 0.100 ± 0.005" in page
+    claims = [line for line in page.splitlines() if line.startswith("| mHC ") or line.startswith("| HC's gain")]
+    assert [line.rsplit(" | ", 1)[1] for line in claims[:4]] == [
+        "reproduced, at toy size |", "reproduced, with the rate raised |", "reproduced, at toy size |", "reproduced |",
+    ]  # fmt: skip
+    board = page[page.index("## Leaderboard") :]
+    assert board.index("mine") < board.index("maps_lr_scale=100") < board.index("| demo.py | HC, maps_lr_scale=1 ")
+    assert all((place / "assets" / f"{name}.png").stat().st_size > 10_000 for name in ("rates", "demo"))
+    assert page.count("Not run yet") == 6
+
+
+def test_fewer_than_five_seeds_are_no_verdict_and_no_rows_no_number(place, monkeypatch):
+    for name in ("draw_rates", "draw_demo"):
+        monkeypatch.setattr(report, name, lambda rows: None)
+    fewer = {k: v[:3] for k, v in LOSSES.items()}
+    experiments.write_rows(str(place / "results" / "rates.csv"), rows_with(fewer, GAINS))
+    report.main()
+    page = (place / "REPORT.md").read_text()
+    assert page.count("open: 3 of 5 seeds") == 4 and "reproduced" not in page
+    (place / "results" / "rates.csv").unlink()
+    report.main()
+    assert "Not run yet: `python experiments.py rates`" in (place / "REPORT.md").read_text()
