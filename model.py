@@ -16,7 +16,7 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from mhc import mhc_coeffs, mhc_post_res, mhc_pre, mhc_step
 from mhc_ref import map_dtype
@@ -71,6 +71,11 @@ class GPTConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(map(repr, known))}")
         if self.qk_rope_head_dim % 2:
             raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim}: RoPE turns pairs, wanted an even number")
+        if self.has_moe and self.num_experts_per_tok == 1:
+            raise ValueError(
+                "num_experts_per_tok=1: wanted at least 2: the weights of a token's experts are made to sum to "
+                "route_scale, and one alone would be constant, its gate without a gradient"
+            )
         if self.has_moe and self.num_experts_per_tok > self.n_routed_experts:
             k, E = self.num_experts_per_tok, self.n_routed_experts
             hint = "fewer" if E else f"first_k_dense_replace={self.n_layer} for a model without experts"
@@ -505,7 +510,7 @@ class Gate(nn.Module):
         E = config.n_routed_experts
         self.weight = nn.Parameter(torch.empty(E, config.n_embd))
         self.register_buffer("e_score_correction_bias", torch.zeros(E))
-        # tokens each expert was given since the bias was last moved; training forwards only
+        # tokens each expert was given since the bias was last moved; MoE counts them, in training forwards only
         self.register_buffer("load", torch.zeros(E, dtype=torch.long), persistent=False)
 
     def forward(self, x):
@@ -515,23 +520,53 @@ class Gate(nn.Module):
             scores = F.linear(x.to(wide), self.weight.to(wide)).sigmoid()  # (N, E)
         experts = (scores.detach() + self.e_score_correction_bias).topk(self.k, -1).indices
         weights = scores.gather(-1, experts)
-        if self.training:
-            self.load += torch.bincount(experts.flatten(), minlength=len(self.load))
         return weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.route_scale, experts  # never 0/0
 
 
-def grouped_linear(x, w, counts):
-    """Rows of x (M, K), sorted by expert, times each expert's own w[e] (E, J, K): -> (M, J). counts (E,) sums to M.
-
-    torch's grouped_mm takes bf16 everywhere and fp32 on a CPU outside torch.compile, with rows of whole 16 bytes; for
-    the rest (fp64, fp16, fp32 on a GPU, odd widths) this is the loop it stands for.
-    """
-    aligned = all(d * x.element_size() % 16 == 0 for d in w.shape[1:])
+def grouped_mm_takes(x, *weights):
+    """Whether torch's grouped_mm does: bf16 everywhere, fp32 on a CPU outside torch.compile, rows of whole 16 bytes."""
+    aligned = all(d * x.element_size() % 16 == 0 for w in weights for d in w.shape[1:])
     cpu_fp32 = x.dtype == torch.float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
-    if aligned and (x.dtype == torch.bfloat16 or cpu_fp32):
-        return F.grouped_mm(x, w.transpose(1, 2), offs=counts.cumsum(0).to(torch.int32))
-    rows = zip(x.split(counts.tolist()), w.unbind(0), strict=True)
-    return torch.cat([F.linear(x_e, w_e) for x_e, w_e in rows])
+    return aligned and (x.dtype == torch.bfloat16 or cpu_fp32)
+
+
+class Dispatch(torch.autograd.Function):
+    """x (N, C) -> (N*k, C): each token once for each of its k experts, slot order[i] in row i.
+
+    As index_select, but for the backward: that would add with atomics on a GPU, in any order, and in bf16. This one
+    gathers: slots[i] = i's place in `order`, so the k copies of a token come together and are summed in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, x, order, slots, k):
+        ctx.save_for_backward(slots)
+        ctx.k = k
+        return x.index_select(0, order // k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        (slots,) = ctx.saved_tensors
+        return (
+            g.index_select(0, slots).unflatten(0, (-1, ctx.k)).sum(1, dtype=map_dtype(g)).to(g.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+class Combine(torch.autograd.Function):
+    """y (N*k, C) sorted by expert -> (N, k, C) by token, Dispatch undone; a gather in the backward too."""
+
+    @staticmethod
+    def forward(ctx, y, order, slots, k):
+        ctx.save_for_backward(order)
+        return y.index_select(0, slots).unflatten(0, (-1, k))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return g.flatten(0, 1).index_select(0, ctx.saved_tensors[0]), None, None, None
 
 
 class Experts(nn.Module):
@@ -544,13 +579,24 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(E, hidden, C))
         self.down_proj = nn.Parameter(torch.empty(E, C, hidden))
 
-    def forward(self, x, counts):
-        """x (M, C), rows sorted by expert, counts (E,) rows for each -> (M, C)."""
+    def forward(self, x, ends):
+        """x (M, C), rows sorted by expert; ends (E,) int32: the row behind each expert's last -> (M, C)."""
         if torch.is_autocast_enabled(x.device.type):  # grouped_mm is not on autocast's list
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        gate_proj, up_proj, down_proj = (w.to(x.dtype) for w in (self.gate_proj, self.up_proj, self.down_proj))
-        hidden = F.silu(grouped_linear(x, gate_proj, counts)) * grouped_linear(x, up_proj, counts)
-        return grouped_linear(hidden, down_proj, counts)
+        weights = [w.to(x.dtype) for w in (self.gate_proj, self.up_proj, self.down_proj)]
+        if not grouped_mm_takes(x, *weights):
+            return self.one_by_one(x, ends, *weights)
+        gate_proj, up_proj, down_proj = (w.transpose(1, 2) for w in weights)
+        hidden = F.silu(F.grouped_mm(x, gate_proj, offs=ends)) * F.grouped_mm(x, up_proj, offs=ends)
+        return F.grouped_mm(hidden, down_proj, offs=ends)
+
+    def one_by_one(self, x, ends, *weights):
+        """For what grouped_mm does not take: fp64, fp16, fp32 on a GPU, odd widths. Waits once for the device."""
+        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
+        rows = zip(x.split(sizes), *(w.unbind(0) for w in weights), strict=True)
+        return torch.cat(
+            [F.linear(F.silu(F.linear(x_e, gate)) * F.linear(x_e, up), down) for x_e, gate, up, down in rows]
+        )
 
 
 class MoE(nn.Module):
@@ -567,11 +613,15 @@ class MoE(nn.Module):
     def forward(self, x):
         shape, x = x.shape, x.flatten(0, -2)  # (N, C)
         weights, picked = self.gate(x)
-        N, k = picked.shape
-        order = picked.flatten().argsort(stable=True)  # (N*k,): slots sorted by expert
-        counts = torch.bincount(picked.flatten(), minlength=len(self.gate.weight))
-        y = self.experts(x.index_select(0, order // k), counts)  # (N*k, C) sorted by expert
-        y = y.index_select(0, order.argsort()).view(N, k, -1)  # back to (N, k, C): summed in the same order every time
+        k = picked.shape[1]
+        experts, order = picked.flatten().sort(stable=True)  # (N*k,): slots in the order of their experts
+        # where each expert's rows end: bincount would do, but waits for the device and breaks torch.compile's graph
+        ends = torch.searchsorted(experts, torch.arange(len(self.gate.weight), device=x.device), right=True)
+        if self.training:
+            self.gate.load += ends.diff(prepend=ends.new_zeros(1))
+        slots = order.argsort()
+        y = self.experts(Dispatch.apply(x, order, slots, k), ends.to(torch.int32))  # (N*k, C) sorted by expert
+        y = Combine.apply(y, order, slots, k)  # (N, k, C): the same order of summation every time
         y = (y * weights.unsqueeze(-1)).sum(1).to(x.dtype)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
@@ -613,6 +663,51 @@ def run_sublayers(x, sublayers, look=None, carry=None):
 
 
 # -----------------------------------------------------------------------------------------------------------------
+# The head and its loss
+
+
+def wide_mm(a, b):
+    """a @ b in fp32 (fp64 for fp64), also where a and b are bf16: rounded nowhere after the products."""
+    if a.dtype == map_dtype(a):
+        return a @ b
+    return torch.mm(a, b, out_dtype=map_dtype(a)) if a.is_cuda else a.to(map_dtype(a)) @ b.to(map_dtype(b))
+
+
+class HeadLoss(torch.autograd.Function):
+    """h (N, C), W (V, C), targets (N,) -> the sum of the cross entropies of the logits h W^T, in nats. -1 is ignored.
+
+    No more than LOGITS_AT_ONCE logits exist at once. While a chunk of them is there, its share of both gradients is
+    made too: nothing is computed twice, and the backward only scales. W's gradient is summed over chunks in fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, wants_gradients):
+        w, total = weight.to(h.dtype), torch.zeros((), dtype=map_dtype(h), device=h.device)
+        d_h, d_w = (
+            (torch.empty_like(h), torch.zeros_like(weight, dtype=map_dtype(h))) if wants_gradients else (None, None)
+        )
+        chunk = max(1, LOGITS_AT_ONCE // len(w))
+        chunk = chunk if chunk < 256 else chunk // 256 * 256  # whole tiles for the products
+        for start in range(0, len(h), chunk):
+            rows = slice(start, start + chunk)
+            logits, target = wide_mm(h[rows], w.t()), targets[rows].unsqueeze(1)
+            seen, target = target != -1, target.clamp(min=0)
+            log_p = logits.sub_(logits.logsumexp(1, keepdim=True))
+            total -= (log_p.gather(1, target) * seen).sum()
+            if wants_gradients:
+                d = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype)).mul_(seen)
+                d = d.to(h.dtype)  # the gradient of the logits: p - one-hot
+                d_h[rows] = wide_mm(d, w)
+                d_w += wide_mm(d.t(), h[rows])
+        ctx.save_for_backward(d_h, d_w)
+        ctx.dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        d_h, d_w = ctx.saved_tensors
+        return (d_h * g).to(d_h.dtype), (d_w * g).to(ctx.dtype), None, None
 
 
 class GPT(nn.Module):
@@ -670,18 +765,11 @@ class GPT(nn.Module):
         return None, self.loss(h.flatten(0, 1), targets.flatten())
 
     def loss(self, h, targets):
-        """Mean cross entropy in nats of h (N, C) against targets (N,), in chunks whose logits are recomputed in the
-        backward, so that no more than LOGITS_AT_ONCE of them exist at once."""
-        chunk = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
-        total = sum(
-            checkpoint(self.chunk_loss, h_c, t_c, use_reentrant=False, preserve_rng_state=False)
-            for h_c, t_c in zip(h.split(chunk), targets.split(chunk), strict=True)
-        )
+        """Mean cross entropy in nats of h (N, C) against targets (N,); -1 is ignored. See HeadLoss."""
+        if torch.is_autocast_enabled(h.device.type):
+            h = h.to(torch.get_autocast_dtype(h.device.type))
+        total = HeadLoss.apply(h, self.lm_head.weight, targets, torch.is_grad_enabled())
         return total / (targets != -1).sum().clamp(min=1)
-
-    def chunk_loss(self, h, targets):
-        logits = self.lm_head(h)
-        return F.cross_entropy(logits.to(map_dtype(logits)), targets, ignore_index=-1, reduction="sum")
 
     @torch.no_grad()
     def look(self, idx, see):
