@@ -122,6 +122,7 @@ def memory(model, s, world, block):
     parts["gradients of the streams"] = 3 * N * e * c.n_streams * c.n_embd
     rows = min(N, max(1, model_file.LOGITS_AT_ONCE // c.vocab_size))
     parts["logits"] = COPIES_OF_LOGITS * 4 * rows * c.vocab_size
+    parts["gradient of the head, made with its logits"] = 4 * c.n_embd * c.vocab_size
     return {name: int(value) for name, value in parts.items()}
 
 

@@ -85,12 +85,12 @@ def test_activations_against_a_measured_run(residual, bf16):
     idx = torch.randint(64, (8, 32))
     e, N = 2 if bf16 else 4, idx.numel()
     casts = 2 * sum(size for size, narrow in plan.group_sizes(model)[1:] if narrow) if bf16 else 0
-    streams = 3 * N * e * model.config.n_streams * model.config.n_embd
+    streams, head = 3 * N * e * model.config.n_streams * model.config.n_embd, 4 * model.lm_head.weight.numel()
     for mode in ("none", "mhc") if bf16 else ("none", "mhc", "full"):
         block = recompute.apply(model, mode)
         saved, peak = plan.measured_bytes(model, idx, idx, bf16)
         kept, replay = plan.activation_bytes(model.config, mode, block, e)
-        assert N * kept + casts == pytest.approx(saved, rel=0.02), mode
+        assert N * kept + casts + head == pytest.approx(saved, rel=0.02), mode
         assert N * (kept + replay) + casts + streams == pytest.approx(peak, rel=0.25), mode
 
 
