@@ -126,8 +126,9 @@ def depth():
 
 def ablation():
     """Table 1: a map that is not learned is fixed to 1/n, ones or I."""
-    maps = ["res", "pre,res", "pre,post,res"]
-    cells = grid(residual=["hc", "mhc"], maps_lr_scale=[1, 30], learned_maps=maps, seed=SEEDS)
+    hc = grid(residual="hc", learned_maps=["res", "pre,res", "pre,post,res"])  # the paper's rows
+    mhc = grid(residual="mhc", learned_maps=["post", "post,res", "pre,post", "pre,post,res"])  # without post none acts
+    cells = [kind | rate for rate in grid(maps_lr_scale=[1, 30], seed=SEEDS) for kind in hc + mhc]
     return grid(residual="baseline", seed=SEEDS) + cells
 
 
@@ -169,7 +170,8 @@ QUICK = dict(max_steps=10, warmup_steps=2, eval_interval=10, eval_sequences=8)
 
 
 def name_of(cell):
-    """'residual=hc,maps_lr_scale=100,seed=2'"""
+    """'residual=hc,maps_lr_scale=100,seed=2'; commas inside a value become '+'."""
+    cell = {k: v.replace(",", "+") if isinstance(v, str) else v for k, v in cell.items()}
     return ",".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in cell.items())
 
 

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from mhc import mhc_coeffs, mhc_post_res, mhc_pre, mhc_step
 from mhc_ref import map_dtype
 
+MAPS = ("pre", "post", "res")  # in the order of phi, theta, alpha and b
 LOGITS_AT_ONCE = 2**26  # 256 MB in fp32
 
 
@@ -54,6 +55,7 @@ class GPTConfig:
     sinkhorn_iters: int = 20
     alpha_init: float = 0.01
     maps_init: str = "home"  # of mHC's b: 'home' | 'paper' (appendix A.6), see GPT.initial_value
+    learned_maps: str = "pre,post,res"  # the others are fixed to H_pre = 1/n, H_post = 1, H_res = I (Table 1)
     collapse: str = "sum"  # or 'head': a learned sigmoid head over the streams
     impl: str = "auto"  # of mhc_step: see mhc.py
     # everywhere
@@ -82,6 +84,15 @@ class GPTConfig:
             raise ValueError(f"num_experts_per_tok={k}: n_routed_experts={E} to pick from; wanted {hint}")
         if RESIDUALS[self.residual].one_stream:
             self.n_streams = 1
+        if not {*self.learned_maps.split(",")} <= {*MAPS}:
+            raise ValueError(
+                f"learned_maps={self.learned_maps!r}: wanted some of {','.join(MAPS)}, with commas between"
+            )
+        if self.residual == "mhc" and "post" not in self.learned_maps:
+            raise ValueError(
+                f"learned_maps={self.learned_maps!r}: with H_post = 1 every stream gets the same, and a row-stochastic "
+                "H_res keeps equal streams equal: no map would act; wanted 'post' among them, or residual='baseline'"
+            )
         if self.collapse == "head" and self.n_streams == 1:
             raise ValueError("collapse='head': wanted several streams, got one, whose weight the final norm undoes")
 
@@ -166,7 +177,8 @@ class HyperConnection(Residual):
         n = config.n_streams
         self.sizes = (n, n, n * n)  # of b: pre | post | res
         self.eps, self.impl = config.norm_eps, config.impl
-        self.live = self.live_maps()
+        self.learned = [name in config.learned_maps.split(",") for name in MAPS]
+        self.live = tuple(acts and learned for acts, learned in zip(self.live_maps(), self.learned, strict=True))
 
     def live_maps(self):
         """Which of (pre, post, res) have an effect at sublayer s."""
@@ -177,6 +189,12 @@ class HyperConnection(Residual):
         if all(self.live):
             return p
         return torch.cat([q if live else q.detach() for q, live in zip(p.split(sizes, -1), self.live, strict=True)], -1)
+
+    def fixed(self, name, value, b):
+        """The first value of alpha or b, where for each map that is not learned alpha is 0 and b is taken from `b`."""
+        sizes, instead = ((1, 1, 1), torch.zeros(3)) if name == "alpha" else (self.sizes, b)
+        parts = zip(value.split(sizes), instead.split(sizes), self.learned, strict=True)
+        return torch.cat([v if learned else f for v, f, learned in parts])
 
     def maps(self, x):
         """x (..., n, C) -> H_pre (..., n), H_post (..., n), H_res (..., n, n)."""
@@ -238,12 +256,11 @@ class HC(HyperConnection):
         return H_pre, H_post, H_res
 
     def first_value(self, name, shape, generator):
-        one_hot = torch.eye(self.n)[self.s % self.n]
-        return {
-            "alpha": torch.full(shape, self.config.alpha_init),
-            "b": torch.cat((one_hot, torch.ones(self.n), torch.eye(self.n).flatten())),
-            "theta": torch.zeros(shape),
-        }[name]
+        if name == "theta":
+            return torch.zeros(shape)
+        one_hot, ones, eye = torch.eye(self.n)[self.s % self.n], torch.ones(self.n), torch.eye(self.n).flatten()
+        value = torch.full(shape, self.config.alpha_init) if name == "alpha" else torch.cat((one_hot, ones, eye))
+        return self.fixed(name, value, torch.cat((ones / self.n, ones, eye)))
 
     def res_gradient(self):
         return None if self.theta.grad is None or not self.live[2] else self.theta.grad[:, -self.n :]
@@ -296,14 +313,16 @@ class MHC(HyperConnection):
         return x, x_in, (H_post, H_res)
 
     def first_value(self, name, shape, generator):
-        one_hot, eye = torch.eye(self.n)[self.s % self.n], torch.eye(self.n).flatten()
         if name == "phi":
             return torch.empty(shape).normal_(0, 0.02, generator=generator)
-        if name == "alpha":
-            return torch.full(shape, self.config.alpha_init)
-        if self.config.maps_init == "paper":
-            return torch.cat((3 * one_hot - 3, torch.zeros(self.n), 6 * eye - 3))
-        return torch.cat((8 * one_hot - 4, 4 * one_hot - 2, 2 * eye - 2))
+        one_hot, zeros, eye = torch.eye(self.n)[self.s % self.n], torch.zeros(self.n), torch.eye(self.n).flatten()
+        value = {
+            "alpha": torch.full((3,), self.config.alpha_init),
+            "home": torch.cat((8 * one_hot - 4, 4 * one_hot - 2, 2 * eye - 2)),
+            "paper": torch.cat((3 * one_hot - 3, zeros, 6 * eye - 3)),
+        }[self.config.maps_init if name == "b" else name]
+        nearly_one_nth = (zeros + 1 / self.n).logit(1e-6)  # one stream: its factor is nothing to the pre-norm
+        return self.fixed(name, value, torch.cat((nearly_one_nth, zeros, 200 * eye)))  # exp(-200) is 0 in fp32
 
     def res_gradient(self):
         return None if self.phi.grad is None or not self.live[2] else self.phi.grad[:, -self.sizes[2] :]
@@ -847,6 +866,7 @@ class GPT(nn.Module):
         |                post  | 0: H_post 1                            | sublayers tell the streams apart           |
         |                res   | 3 on the diagonal, -3 elsewhere        | H_res .993 on, .002 off: keeps what it has |
         | head b               | 0                                      | every stream at one half                   |
+        | not in learned_maps  | alpha 0; b at H_pre 1/n, H_post 1, I   | and never learned: Table 1                 |
 
         The symmetry trap: with phi = 0 and b equal across streams, the n copies of the embedding stay identical for
         ever, and H_res gets no gradient. Here home streams take turns, so the streams differ after one sublayer.

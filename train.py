@@ -68,6 +68,7 @@ n_streams = 4  # n, the expansion rate
 sinkhorn_iters = 20  # t_max
 alpha_init = 0.01
 maps_init = "home"  # first values of mHC's maps: 'home' | 'paper' (appendix A.6), see GPT.initial_value
+learned_maps = "pre,post,res"  # of HC and mHC; the others are fixed to 1/n, 1 and I (Table 1)
 collapse = "sum"  # 'sum' | 'head': how the streams become one again
 impl = "auto"  # of mhc_step: 'auto' | 'ref' | 'eager' | 'triton'
 norm_eps = 1e-20

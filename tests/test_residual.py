@@ -235,6 +235,49 @@ def test_both_starts_have_the_H_res_they_say_part_the_streams_and_leave_each_liv
                 assert grad.norm() > 1e-11 if live else grad.norm() == 0
 
 
+@pytest.mark.parametrize(
+    "residual,learned",
+    [
+        ("hc", "res"),
+        ("hc", "pre,res"),
+        ("mhc", "post"),
+        ("mhc", "pre,post"),
+        ("mhc", "post,res"),
+        ("mhc", "post,pre,res"),
+    ],
+)
+def test_maps_that_are_not_learned_are_and_stay_one_nth_ones_and_the_identity(residual, learned):
+    model, kept = make(residual=residual, learned_maps=learned, n_layer=3), learned.split(",")
+    for _ in range(2):
+        for r, (H_pre, H_post, H_res) in zip(model.residuals(), model.residual_maps(tokens()), strict=True):
+            neutral = {
+                "pre": (H_pre, torch.full((N,), 1 / N)),
+                "post": (H_post, torch.ones(N)),
+                "res": (H_res, torch.eye(N)),
+            }
+            for name, (H, fixed) in neutral.items():
+                same = torch.allclose(H, fixed.expand_as(H), rtol=0, atol=1e-6)
+                assert same or name in kept, (r.s, name)
+        train_a_little(model, steps=4)
+    moved = [m for r in model.residuals()[1:-1] for m in r.b.grad.split(r.sizes)]
+    assert [bool(g.any()) for g in moved] == [name in kept for name in ("pre", "post", "res")] * 4
+
+
+def test_with_H_res_alone_learned_HCs_streams_stay_copies_and_mHC_is_refused():
+    """Table 1's first row: H_pre = 1/n and H_post = 1 treat all streams alike; what is learned is their common size."""
+    model = make(residual="hc", learned_maps="res").double()
+    train_a_little(model, steps=4)
+    assert max(model.look(tokens(), lambda r, x: (x - x.mean(-2, keepdim=True)).norm() / x.norm())) < 1e-6
+    assert (model.residual_maps(tokens())[1][2].sum(-1) - 1).abs().max() > 1e-3
+    for learned, words in (
+        ("res", "no map would act"),
+        ("pre,res", "no map would act"),
+        ("pre,rest", "wanted some of"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            GPTConfig(**TINY | {"learned_maps": learned})
+
+
 @pytest.mark.parametrize("residual,n", [("hc", 4), ("mhc", 4), ("hc", 1), ("mhc", 1)])
 def test_dead_maps_have_no_effect_and_that_is_why_they_are_cut(residual, n):
     """The gradient that `live` throws away is rounding noise: in fp64 it is 1e-9 of a live map's, or less."""
