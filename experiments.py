@@ -57,10 +57,9 @@ def rates():
     """The cells that decide the question first, seed by seed."""
     hc, home, paper = ({"residual": "hc"}, *({"residual": "mhc", "maps_init": init} for init in ("home", "paper")))
     baseline = [{"residual": "baseline"}]
-    first = [(hc, 100), (home, 100), (hc, 1), (home, 1)]
-    then = [(home, 30), (hc, 10), (paper, 100), (paper, 1)]
+    first, then = [(hc, 100), (home, 100)], [(hc, 1), (home, 1), (home, 30), (hc, 10), (paper, 100), (paper, 1)]
     rest = [(kind, scale) for scale in (30, 300, 10) for kind in (hc, home, paper) if (kind, scale) not in then]
-    kinds = [[kind | {"maps_lr_scale": scale} for kind, scale in some] for some in (first, then, rest)]
+    kinds = [[kind | {"maps_lr_scale": scale} for kind, scale in some] for some in (first, then[:2], then[2:], rest)]
     return [kind | {"seed": seed} for some in (baseline + kinds[0], *kinds[1:]) for seed in SEEDS for kind in some]
 
 
