@@ -323,6 +323,8 @@ def run_cell(config, cell, folder):
     with open(log) as f:
         last = (f.read().strip().splitlines() or [""])[-1]
     broke = "were not finite" in last
+    if code and stopping.is_set() and not broke:
+        return None  # asked to stop before it was listening
     if code and not broke:
         raise RuntimeError(f"{name_of(cell)}: train.py ended with {code}: {last} ({log}); mend it and run this again")
     if not broke and "stopped by a signal" in last:
