@@ -77,6 +77,14 @@ def test_a_folder_of_someone_elses_and_a_run_that_fails_are_named_and_nothing_is
     shutil.rmtree(folder)
 
 
+def test_a_cell_that_is_stopped_has_no_row_and_has_not_failed(table):
+    table.unlink(missing_ok=True)
+    cell = {"residual": "baseline", "seed": 2}
+    experiments.stopping.set()  # before train.py listens: the signal ends it
+    assert experiments.run_cell(experiments.EXPERIMENTS["tiny"].config, cell, str(table.parent / "stopped")) is None
+    assert experiments.run("tiny") == 0 and not table.exists()
+
+
 def test_cells_whose_settings_do_not_exist_yet_are_left_out_and_named(table, capsys):
     cells = [dict(seed=1), dict(seed=1, warp=9), dict(residual="resnet")]
     experiments.EXPERIMENTS["tiny"] = experiments.Experiment("?", lambda: cells)
