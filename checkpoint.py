@@ -29,9 +29,13 @@ Saving is synchronous: DCP's async_save crashed on gloo in trials, one run of tw
 offered. All processes wait for the slowest to write and hash its shards: rank_timeout must be longer than that.
 """
 
+import program
+
+if __name__ == "__main__":
+    program.begin()  # before torch, and before anything that takes long to import
+
 import base64
 import contextlib
-import errno
 import fcntl
 import hashlib
 import itertools
@@ -43,7 +47,7 @@ import signal
 import sys
 import time
 import warnings
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import torch
 import torch.distributed as dist
@@ -58,6 +62,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from mhc import resolve_impl
 from model import GPT, GPTConfig
 
 FORMAT = 1
@@ -67,6 +72,8 @@ FILE_BYTES = 2 << 30  # of one file: safetensors are serialised in memory, so th
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, read or used; the message says which, why, and what to do."""
+
+    on_every_rank = True  # rank 0 alone tells it
 
 
 # -- processes ------------------------------------------------------------------------------------------------------
@@ -138,7 +145,7 @@ def fsync_folder(path):
 def whole_file(path):
     """A text file to write, which gets its name once it is complete and durable; else nothing is left of it."""
     try:
-        with open(path + ".tmp", "w") as f:
+        with program.naming(path), open(path + ".tmp", "w") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
@@ -451,11 +458,23 @@ def load_model(path, device="cpu", dtype=None):
     """
     folder = find(path)
     settings = read_json(os.path.join(folder, "state.json"))["settings"]
-    model = GPT(GPTConfig(**{f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}))
+    model = GPT(
+        runnable(GPTConfig(**{f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}), device)
+    )
     weights = load_weights(folder, dtype)
     check_fit(folder, {k: t.shape for k, t in weights.items()}, {k: t.shape for k, t in model.state_dict().items()})
     model.load_state_dict(weights, assign=True)
     return model.requires_grad_(False).to(device).eval(), settings
+
+
+def runnable(config, device):
+    """config, with impl='auto' if what it was trained with cannot run on this device: the weights are the same."""
+    try:
+        resolve_impl(config.impl, device)
+    except ValueError as e:
+        print(f"note: trained with impl={config.impl!r}, here 'auto' takes its place: {e}", file=sys.stderr)
+        return replace(config, impl="auto")
+    return config
 
 
 def export(folder, file, dtype=None):
@@ -468,9 +487,11 @@ def export(folder, file, dtype=None):
         with open(file + ".tmp", "rb") as f:
             os.fsync(f.fileno())
         os.replace(file + ".tmp", file)
-    except Exception as e:
+    except BaseException as e:
         if os.path.exists(file + ".tmp"):
             os.remove(file + ".tmp")
+        if not isinstance(e, Exception):  # Ctrl-C
+            raise
         raise CheckpointError(f"{file} could not be written: {reason(e)}") from None
 
 
@@ -580,18 +601,6 @@ class Stop:
         return bool(answer)
 
 
-def run(main):
-    """main(), where a checkpoint that cannot be, or a full disk under any other file, is one line and exit code 1."""
-    try:
-        main()
-    except CheckpointError as e:
-        sys.exit(f"error: {e}" if rank() == 0 else 1)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        sys.exit(f"error: a file could not be written: {reason(e)}; make room, and the same command goes on")
-
-
 # -- command line ---------------------------------------------------------------------------------------------------
 
 
@@ -602,18 +611,15 @@ def main(argv):
     dtype = dtypes.get(flags[0].removeprefix("--dtype="), "unknown") if flags else None
     if not 1 <= len(paths) <= 2 or len(flags) > 1 or dtype == "unknown":
         sys.exit(f"usage: python checkpoint.py RUN_OR_STEP_FOLDER [FILE.safetensors [--dtype={'|'.join(dtypes)}]]")
-    try:
-        if len(paths) == 2:
-            folder = find(paths[0])
-            export(folder, paths[1], dtype)
-            print(f"{folder} -> {paths[1]} ({os.path.getsize(paths[1]) / 1e6:.1f} MB)")
-            return
-        for folder in step_folders(paths[0]) or [find(paths[0])]:
-            problem = problem_with(folder)
-            print(f"{folder}: " + (f"BROKEN: {problem}" if problem else "whole"))
-    except CheckpointError as e:
-        sys.exit(f"error: {e}")
+    if len(paths) == 2:
+        folder = find(paths[0])
+        export(folder, paths[1], dtype)
+        print(f"{folder} -> {paths[1]} ({os.path.getsize(paths[1]) / 1e6:.1f} MB)")
+        return
+    for folder in step_folders(paths[0]) or [find(paths[0])]:
+        problem = problem_with(folder)
+        print(f"{folder}: " + (f"BROKEN: {problem}" if problem else "whole"))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    program.run(lambda: main(sys.argv[1:]), CheckpointError)

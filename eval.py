@@ -13,6 +13,11 @@ prompts are in evals/tasks.py, what counts as right in evals/metrics.py, the mod
 and the comparisons in evals/report.py.
 """
 
+import program
+
+if __name__ == "__main__":
+    program.begin()  # before torch, and before anything that takes long to import
+
 import datetime
 import hashlib
 import importlib.metadata
@@ -27,8 +32,8 @@ import time
 import torch
 import torch.distributed as dist
 
-from checkpoint import CheckpointError, find, load_model, run, step_of
-from configurator import at_least, configure, fail, one_of
+from checkpoint import CheckpointError, find, load_model, step_of
+from configurator import at_least, configure, fail, one_of, some
 from data import Corpus, DataError
 from download import read_record, write_json
 from evals import report, score
@@ -58,9 +63,12 @@ RULES = {
     "style": one_of("harness", "deepseek"),
     "dtype": one_of("float32", "bfloat16"),
     "device": one_of("auto", "cpu", "cuda", "mps"),
-    "shots": at_least(-1),
-    **dict.fromkeys(("limit", "max_length", "seed"), at_least(0)),
-    **dict.fromkeys(("batch_tokens", "resamples"), at_least(1)),
+    "shots": at_least(-1, 1000),
+    **dict.fromkeys(("limit", "seed"), at_least(0)),
+    "max_length": at_least(0, 2**24),
+    "batch_tokens": at_least(1),
+    "resamples": at_least(1, 10**6),
+    **dict.fromkeys(("tasks", "eval_dir"), some("a name")),
 }
 UNUSED = ("tasks", "style", "eval_dir", "save_predictions", "fresh", "resamples", "seed")  # with --lm_eval=
 SAME = ("checkpoint", "weights", "task", "style", "shots", "limit", "max_length", "dtype", "files")  # of two records
@@ -355,7 +363,4 @@ def conclude(records, missing, path, results):
 
 
 if __name__ == "__main__":
-    try:
-        run(main)
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
+    program.run(main, CheckpointError)

@@ -12,6 +12,11 @@ A run that ends because its loss is no longer finite is a result (finite=False).
 <cell>; they are removed once the row is written, unless keep=True, and only if this program has made them.
 """
 
+import program
+
+if __name__ == "__main__":
+    program.begin()  # before torch, and before anything that takes long to import
+
 import csv
 import fcntl
 import itertools
@@ -322,6 +327,8 @@ def run_cell(config, cell, folder):
         running.discard(process)
     with open(log) as f:
         last = (f.read().strip().splitlines() or [""])[-1]
+    if stopping.is_set() and code in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        return None  # it was not in its loop yet, or no more
     broke = "were not finite" in last
     if code and stopping.is_set() and not broke:
         return None  # asked to stop before it was listening
@@ -390,7 +397,7 @@ def overview():
 def main():
     argv = ["--quick=True" if a == "--quick" else a for a in sys.argv[1:]]
     names = [a for a in argv if not a.startswith("-") and not a.endswith(".py")]
-    configure(globals(), {"jobs": at_least(1)}, [a for a in argv if a not in names])
+    configure(globals(), {"jobs": at_least(1, 1024)}, [a for a in argv if a not in names])
     for name in names:
         if name in ELSEWHERE:
             fail(f"{name} is not a grid of runs: {ELSEWHERE[name]}")
@@ -411,4 +418,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -9,6 +9,12 @@ Prints one table of the runs. 'report' is all of it on one page.
 The loss gap is to the run whose residual is 'baseline'.
 """
 
+import program
+
+if __name__ == "__main__":
+    program.begin()  # before anything that takes long to import
+
+import contextlib
 import json
 import os
 import sys
@@ -19,7 +25,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from configurator import between, configure, fail, one_of
+from configurator import between, configure, fail, one_of, some
 
 figure = "report"  # 'report' | 'loss' | 'gains' | 'maps'
 out = "report.png"  # where the picture goes; the ending chooses the format
@@ -212,7 +218,7 @@ def main():
     folders = [a for a in sys.argv[1:] if not a.startswith("-") and not a.endswith(".py")]
     configure(
         globals(),
-        {"figure": one_of("report", "loss", "gains", "maps"), "smooth": between(0, 1)},
+        {"figure": one_of("report", "loss", "gains", "maps"), "smooth": between(0, 1), "out": some("a file")},
         [a for a in sys.argv[1:] if a not in folders],
     )
     if not folders:
@@ -221,13 +227,17 @@ def main():
     print_table(runs)
     fig = draw(runs)
     root, ending = os.path.splitext(out)
+    unfinished = f"{root}.tmp{ending}"
     try:
-        fig.savefig(f"{root}.tmp{ending}", dpi=140)
-        os.replace(f"{root}.tmp{ending}", out)
+        fig.savefig(unfinished, dpi=140)
+        os.replace(unfinished, out)
     except (OSError, ValueError) as e:  # no such folder, a full disk; an ending that matplotlib does not know
         fail(f"out={out!r}: cannot be drawn there: {e}")
+    finally:
+        with contextlib.suppress(OSError):
+            os.remove(unfinished)
     print(f"drawn: {out}")
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -24,10 +24,23 @@ from mhc_ref import map_dtype
 MAPS = ("pre", "post", "res")  # in the order of phi, theta, alpha and b
 LOGITS_AT_ONCE = 2**26  # 256 MB in fp32
 
+# What a number of GPTConfig may be, both ends included. Upper ends are far above any model: they are for slips, which
+# would otherwise build for hours, or overflow.
+SIZE = (1, 2**20)
+RANGES = {
+    "vocab_size": (1, 2**31), "seq_len": (1, 2**24), "n_layer": (1, 1000), "n_routed_experts": (0, 2**14),
+    **dict.fromkeys(("n_embd", "n_head", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), SIZE),
+    **dict.fromkeys(("intermediate_size", "num_experts_per_tok", "moe_intermediate_size"), SIZE),
+    **dict.fromkeys(("q_lora_rank", "first_k_dense_replace", "n_shared_experts"), (0, 2**20)),
+    "rope_theta": (1, 1e12), "route_scale": (1e-6, 1e3), "n_streams": (1, 64), "sinkhorn_iters": (1, 1000),
+    "alpha_init": (0, 100), "norm_eps": (0, 1), "init_std": (0, 100),
+}  # fmt: skip
+CHOICES = {"collapse": ("sum", "head"), "maps_init": ("home", "paper")}
+
 
 @dataclass
 class GPTConfig:
-    """Everything that fixes the model. Raises ValueError naming the setting that cannot be."""
+    """Everything that fixes the model. Raises ValueError, `name=value: wanted ...`, for a setting that cannot be."""
 
     vocab_size: int = 50304
     seq_len: int = 1024  # longest sequence trained on; RoPE itself has no limit
@@ -63,12 +76,10 @@ class GPTConfig:
     init_std: float = 0.02
 
     def __post_init__(self):
-        may_be_zero = {"q_lora_rank", "first_k_dense_replace", "n_routed_experts", "n_shared_experts"}
-        for name, value in vars(self).items():
-            lowest = int(isinstance(value, int) and name not in may_be_zero)
-            if isinstance(value, (int, float)) and not value >= lowest:  # not <: NaN is refused too
-                raise ValueError(f"{name}={value}: wanted at least {lowest}")
-        for name, known in (("residual", RESIDUALS), ("collapse", ("sum", "head")), ("maps_init", ("home", "paper"))):
+        for name, (low, high) in RANGES.items():
+            if not low <= getattr(self, name) <= high:  # not <: NaN is refused too
+                raise ValueError(f"{name}={getattr(self, name)}: wanted at least {low:g} and at most {high:g}")
+        for name, known in (CHOICES | {"residual": RESIDUALS}).items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(map(repr, known))}")
         if self.qk_rope_head_dim % 2:

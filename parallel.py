@@ -294,7 +294,8 @@ def check_batch(batch_size, micro_batch_size, world):
 
 def nearest_divisor(value, of):
     """The divisor of `of` nearest to value."""
-    return min((d for d in range(1, of + 1) if of % d == 0), key=lambda d: abs(d - value))
+    small = [d for d in range(1, math.isqrt(of) + 1) if of % d == 0]
+    return min(sorted({*small, *(of // d for d in small)}), key=lambda d: abs(d - value))
 
 
 def nearest(value, of):

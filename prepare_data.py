@@ -12,6 +12,11 @@ Running the same command again finds it complete. Documents are whole in either 
 <|endoftext|>. Which documents are val depends on their content alone, so it changes with neither order nor machine.
 """
 
+import program
+
+if __name__ == "__main__":
+    program.begin()  # before anything that takes long to import
+
 import contextlib
 import os
 import shutil
@@ -20,7 +25,7 @@ import time
 
 from tqdm import tqdm
 
-from configurator import above, between, configure, fail
+from configurator import above, between, configure, fail, some
 from corpora import parts, text_sha256
 from data import DataError, read_meta, sha256_file, shard_header, token_dtype
 from download import DownloadError, read_record, sync_folder, write_json
@@ -67,13 +72,14 @@ IGNORED = {  # settings that a dataset does not use; changing one is a mistake
     ],
 }
 RULES = {
-    "tokens": (lambda v: v == -1 or v > 0, "a number above 0, or -1 for all"),
-    "val_tokens": (lambda v: v == -1 or v > 0, "a number above 0, or -1 for no limit"),
+    **dict.fromkeys(("dataset", "tokenizer", "tasks", "text_key"), some("a name")), "data_root": some("a folder"),
+    "tokens": (lambda v: v == -1 or 0 < v <= 1e15, "a number above 0 and at most 1e15, or -1 for all"),
+    "val_tokens": (lambda v: v == -1 or 0 < v <= 1e15, "a number above 0 and at most 1e15, or -1 for no limit"),
     "val_fraction": (lambda v: v == -1 or 0 < v < 1, "a fraction between 0 and 1, or -1 for the default"),
-    "bpe_train_mb": above(0),
+    "bpe_train_mb": above(0, 10**6),
     "shard_tokens": between(1, 2**31 - 1),
-    "workers": (lambda v: v == -1 or v > 0, "a number above 0, or -1 for all cores"),
-}
+    "workers": (lambda v: v == -1 or 0 < v <= 1024, "a number above 0 and at most 1024, or -1 for all cores"),
+}  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing shards
@@ -405,9 +411,9 @@ def main(s):
     except OSError as e:  # a file that cannot be written or read: its name and the system's reason
         print(f"error: {e.filename or s['data_root']}: {e.strerror or e}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         print("interrupted; nothing unfinished was left behind", file=sys.stderr)
-        return 130
+        return getattr(e, "code", 130)
     return 0
 
 
@@ -419,7 +425,11 @@ def refuse_ignored(s):
             fail(f"{name}={s[name]!r}: not used with dataset={s['dataset']}, tokenizer={s['tokenizer']}; leave it out")
 
 
-if __name__ == "__main__":
+def command():
     config = configure(globals(), RULES)
     refuse_ignored(config)
     sys.exit(main(config))
+
+
+if __name__ == "__main__":
+    program.run(command)

@@ -17,6 +17,11 @@ The prompt goes through the model once, whole; every further token goes through 
 cache (the latent and the RoPE key, model.LatentCache) in absorbed form. `generate` below is the function to import.
 """
 
+import program
+
+if __name__ == "__main__":
+    program.begin()  # before torch, and before anything that takes long to import
+
 import codecs
 import contextlib
 import os
@@ -27,8 +32,9 @@ import time
 import torch
 
 from checkpoint import CheckpointError, load_model
-from configurator import at_least, between, configure, fail, one_of
+from configurator import above, at_least, between, configure, fail, one_of
 from evals.score import Runner, Vocabulary, continue_rows
+from names import SAMPLE
 from parallel import resolve_device
 from tokenizer import ENDOFTEXT, encode, open_encoding
 
@@ -44,11 +50,11 @@ device = "auto"  # 'cpu' | 'cuda' | 'mps'; 'auto': the best there is
 dtype = "float32"  # or 'bfloat16': autocast outside the mappings
 
 RULES = {
-    "num_samples": at_least(1),
-    "max_new_tokens": at_least(1),
+    "num_samples": at_least(1, 10**5),
+    "max_new_tokens": at_least(1, 10**6),
     "temperature": at_least(0),
     "top_k": at_least(0),
-    "top_p": (lambda v: 0 < v <= 1, "a number above 0 and at most 1"),
+    "top_p": above(0, 1),
     "seed": between(0, 2**32 - 1),  # torch's generator on the CPU tells no more apart
     "device": one_of("auto", "cpu", "cuda", "mps"),
     "dtype": one_of("float32", "bfloat16"),
@@ -229,7 +235,7 @@ def main():
     others = [a for a in sys.argv[1:] if a not in checkpoints]
     to_stderr = contextlib.nullcontext() if {"-h", "--help"} & set(others) else contextlib.redirect_stdout(sys.stderr)
     with to_stderr:  # stdout is for text
-        settings = configure(globals(), RULES, others)
+        settings = configure(globals(), RULES, others, SAMPLE)
     if len(checkpoints) != 1:
         fail(f"wanted one run folder or step folder, like python sample.py out/demo/mhc; got {len(checkpoints)}")
     if seed + num_samples > 2**32:
@@ -255,13 +261,11 @@ def main():
         )  # fmt: skip
     except FloatingPointError as e:
         fail(f"{checkpoints[0]}: {e}")
+    except BrokenPipeError:  # whoever was reading, `head` for one, has had enough
+        sys.stdout = open(os.devnull, "w")
+        return
     print(printer.rates(start, len(tokens)), file=sys.stderr)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        sys.exit("\nstopped")
-    except BrokenPipeError:  # whoever was reading, `head` for one, has had enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails too
+    program.run(main)

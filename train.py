@@ -11,10 +11,17 @@ SIGTERM and Ctrl-C finish the step, save and exit 0. The same command again goes
 out_dir, as if there had been no break; a kill or a power failure loses the steps since then and nothing else.
 """
 
+import program
+
+if __name__ == "__main__":
+    program.begin()  # before torch, and before anything that takes long to import
+
+import importlib.util
 import json
 import math
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,12 +35,13 @@ import torch
 import checkpoint
 import plan
 import recompute as recomputation
-from configurator import above, at_least, between, configure, fail, key_of, one_of
+from configurator import above, at_least, between, configure, fail, one_of, some
 from data import Corpus, DataError, order
 from gains import alarms, gains, heat_maps, res_gradients, stream_spread
-from mhc import resolve_impl
+from mhc import STREAMS, resolve_impl
 from model import GPT, RESIDUALS, GPTConfig
-from parallel import PARALLEL, check_batch, only_rank_0_prints, resolve_device, start
+from names import ELSEWHERE
+from parallel import PARALLEL, check_batch, check_layout, only_rank_0_prints, resolve_device, start
 
 # -- the run --------------------------------------------------------------------------------------------------------
 out_dir = "out/run"
@@ -108,49 +116,72 @@ keep_checkpoints = 2  # the last ones kept, at least 2; and the one with the bes
 log = "none"  # 'tensorboard' | 'wandb', beside metrics.jsonl
 profile = False  # write one trace of ten steps to out_dir/trace.json
 
-RULES = {
+RULES = {  # of the model's settings: GPTConfig's
+    "out_dir": some("a folder"),
+    "data_dir": some("a folder"),
+    "seed": between(0, 2**63 - 1),
     "device": one_of("auto", "cpu", "cuda", "mps"),
-    "init_from": one_of("resume", "scratch"),
-    "keep_checkpoints": at_least(2),
     "dtype": one_of("float32", "bfloat16"),
-    "vocab_size": at_least(0),
-    "residual": key_of(RESIDUALS),
-    "collapse": one_of("sum", "head"),
-    "maps_init": one_of("home", "paper"),
+    "init_from": one_of("resume", "scratch"),
+    **dict.fromkeys(("batch_size", "micro_batch_size"), at_least(1, 10**6)),
+    **dict.fromkeys(("max_steps", "eval_interval", "eval_sequences", "checkpoint_interval"), at_least(1)),
+    "keep_checkpoints": at_least(2),
+    "lr": above(0, 10),
+    "maps_lr_scale": above(0, 10**4),
+    "warmup_steps": at_least(0),
     "lr_schedule": one_of("step", "cosine", "constant"),
-    "parallel": one_of(*PARALLEL),
-    "plan_device": one_of(*plan.MEMORY),
-    "plan_mfu": between(0.001, 1),
-    "rank_timeout": above(0),
-    "recompute": one_of(*recomputation.RECOMPUTE),
-    "recompute_block": at_least(-1),
-    "log": one_of("none", "tensorboard", "wandb"),
+    "min_lr_ratio": between(0, 1),
     "beta1": between(0, 0.9999),
     "beta2": between(0, 0.99999),
-    "min_lr_ratio": between(0, 1),
-    "alpha_init": at_least(0),
-    **dict.fromkeys(
-        "seq_len n_layer n_embd n_head kv_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim intermediate_size "
-        "moe_intermediate_size num_experts_per_tok n_streams sinkhorn_iters batch_size micro_batch_size max_steps "
-        "eval_interval eval_sequences checkpoint_interval".split(),
-        at_least(1),
-    ),
-    **dict.fromkeys(
-        "seed shard_size plan_devices q_lora_rank first_k_dense_replace n_routed_experts n_shared_experts warmup_steps "
-        "norm_eps adam_eps weight_decay grad_clip bias_update_speed init_std".split(),
-        at_least(0),
-    ),
-    **dict.fromkeys(("lr", "maps_lr_scale", "rope_theta", "route_scale"), above(0)),
+    **dict.fromkeys(("adam_eps", "bias_update_speed"), between(0, 1)),
+    "weight_decay": between(0, 100),
+    "grad_clip": at_least(0),
+    "parallel": one_of(*PARALLEL),
+    **dict.fromkeys(("shard_size", "plan_devices"), at_least(0, 10**6)),
+    "rank_timeout": above(0, 10**6),
+    "recompute": one_of(*recomputation.RECOMPUTE),
+    "plan_device": one_of(*plan.MEMORY),
+    "plan_mfu": between(0.001, 1),
+    "log": one_of("none", "tensorboard", "wandb"),
 }
-SKIPS_IN_A_ROW = 10  # non-finite steps that end a run
+SKIPPED_IN_A_ROW = 10  # non-finite steps that end a run
+SLOW = 10  # times the median: a step that gets a line of its own
 
 
 def model_config(settings):
-    """The GPTConfig among a run's settings."""
-    try:
-        return GPTConfig(**{f.name: settings[f.name] for f in fields(GPTConfig)})
-    except ValueError as e:
-        fail(str(e))
+    """The GPTConfig among a run's settings. Raises ValueError."""
+    return GPTConfig(**{f.name: settings[f.name] for f in fields(GPTConfig)})
+
+
+def check(settings):
+    """What no rule about a single setting can see, before anything is opened or allocated. Raises ValueError."""
+    config = model_config(settings | {"vocab_size": vocab_size or 1})  # 0: the corpus's, which is not known yet
+    recomputation.block_length(config, recompute, recompute_block)
+    check_schedule()
+    if dry_run:  # it is for plan_devices of plan_device: plan.report checks those
+        return
+    world, on = int(os.environ.get("WORLD_SIZE", 1)), resolve_device(device)
+    check_layout(parallel, world, shard_size)
+    check_batch(batch_size, micro_batch_size, world)
+    if parallel == "ddp" and "RANK" not in os.environ:
+        raise ValueError("parallel='ddp': wanted several processes: torchrun --nproc_per_node=2 train.py ...")
+    resolve_impl(impl, on)
+    if impl == "triton" and config.n_streams not in STREAMS:
+        raise ValueError(
+            f"n_streams={n_streams}: impl='triton' takes {', '.join(map(str, STREAMS))}; wanted impl='auto'"
+        )
+    if compile and on == "cpu":
+        check_compiler()
+    if log != "none" and not importlib.util.find_spec(log):
+        raise ValueError(f"log={log!r}: wanted the package of that name, which is not installed: pip install {log}")
+
+
+def check_compiler():
+    """torch.compile turns to a C++ compiler on a CPU; without one it fails in the first step, at length."""
+    compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
+    if not shutil.which(compiler):
+        raise ValueError(f"compile=True: torch needs a C++ compiler here and {compiler!r} is not found: install it, "
+                         "name another in the environment's CXX, or leave compile=False")  # fmt: skip
 
 
 def learning_rate(step):
@@ -172,28 +203,19 @@ def numbers(name):
     try:
         return [float(v) for v in globals()[name].split(",") if v]
     except ValueError:
-        fail(f"{name}={globals()[name]!r}: wanted numbers with commas between them, like '0.8,0.9'")
+        raise ValueError(
+            f"{name}={globals()[name]!r}: wanted numbers with commas between them, like '0.8,0.9'"
+        ) from None
 
 
 def check_schedule():
     """decay_at and decay_rates belong together."""
     at, rates = numbers("decay_at"), numbers("decay_rates")
     if len(at) != len(rates) or at != sorted(at) or not all(0 <= v <= 1 for v in at + rates):
-        fail(
+        raise ValueError(
             f"decay_at={decay_at!r}, decay_rates={decay_rates!r}: wanted as many of one as of the other, all from 0 "
             "to 1, the first in rising order"
         )
-
-
-def check_settings(on):
-    """What no rule about a single setting can see; `on`: the kind of device."""
-    try:
-        resolve_impl(impl, on)
-        check_batch(batch_size, micro_batch_size, int(os.environ.get("WORLD_SIZE", 1)))
-    except ValueError as e:
-        fail(str(e))
-    if parallel == "ddp" and "RANK" not in os.environ:
-        fail("parallel='ddp': wanted several processes: torchrun --nproc_per_node=2 train.py ...")
 
 
 def make_optimizer(model):
@@ -288,7 +310,8 @@ def look_at_maps(model, corpus, ranks):
     H_res, spreads = [H for H, _ in seen], [spread for _, spread in seen]
     if ranks.is_main:
         path = os.path.join(out_dir, "maps.npz")
-        np.savez(path + ".tmp.npz", **heat_maps(H_res))
+        with program.naming(path):
+            np.savez(path + ".tmp.npz", **heat_maps(H_res))
         os.replace(path + ".tmp.npz", path)
     return gains(H_res), alarms(RESIDUALS[residual], res_gradients(model.residuals()), spreads, H_res)
 
@@ -319,30 +342,29 @@ class Log:
         if not is_main:
             return
         self.file = open(os.path.join(out_dir, "metrics.jsonl"), "a")
-        try:
-            if log == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
+        if log == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
 
-                self.board = SummaryWriter(out_dir)
-                self.others.append(lambda k, v, step: self.board.add_scalar(k, v, step))
-            elif log == "wandb":
-                import wandb
+            self.board = SummaryWriter(out_dir)
+            self.others.append(lambda k, v, step: self.board.add_scalar(k, v, step))
+        elif log == "wandb":
+            import wandb
 
-                wandb.init(project="mhc", name=out_dir, config=settings)
-                self.others.append(lambda k, v, step: wandb.log({k: v}, step=step))
-        except ImportError as e:
-            fail(f"log={log!r} needs a package that is not installed ({e}): pip install {log}")
+            wandb.init(project="mhc", name=out_dir, config=settings)
+            self.others.append(lambda k, v, step: wandb.log({k: v}, step=step))
 
     def sync(self):
         """Durable, so that no checkpoint is ahead of its records."""
         if self.file:
-            os.fsync(self.file.fileno())
+            with program.naming(self.file.name):
+                os.fsync(self.file.fileno())
 
     def write(self, record):
         if not self.file:
             return
-        self.file.write(json.dumps({name: null_for_nan(value) for name, value in record.items()}) + "\n")
-        self.file.flush()
+        with program.naming(self.file.name):
+            self.file.write(json.dumps({name: null_for_nan(value) for name, value in record.items()}) + "\n")
+            self.file.flush()
         for send in self.others:
             for name, value in record.items():
                 if name != "step" and isinstance(value, (int, float)):
@@ -371,7 +393,7 @@ def start_profiler(is_main):
     )
 
 
-# -- the run --------------------------------------------------------------------------------------------------------
+# -- beginning, saving, telling ----------------------------------------------------------------------------------------
 
 
 def open_corpora():
@@ -389,8 +411,8 @@ def design_model(settings, vocab, ranks):
         fail(f"vocab_size={vocab_size}: the corpus in {data_dir} has {vocab} tokens")
     with torch.device("meta"):
         model = GPT(model_config(settings))
+    recomputation.apply(model, recompute, recompute_block)
     try:
-        recomputation.apply(model, recompute, recompute_block)
         plan.check_fits(model, settings, ranks)
     except ValueError as e:
         fail(str(e))
@@ -411,11 +433,13 @@ def resume_folder():
 def begin(folder, model, optimizer, changed, origin):
     """Load the checkpoint in `folder`, if there is one. -> steps done, and what checkpoints carry beside the tensors.
 
-    changed: settings that differ from its own. origin: provenance() of this start; it is left in config.json, and with
-    every checkpoint."""
-    step, state = 0, {"evaluated": None, "val_loss": None, "best_loss": None, "skips": 0, "skipped": 0}
+    changed: settings that differ from its own; another commit is told with them. origin: provenance() of this start; it
+    is left in config.json, and with every checkpoint."""
+    step, state = 0, {"evaluated": None, "val_loss": None, "best_loss": None, "skipped": 0, "skipped_in_a_row": 0}
     if folder:
-        step, state = checkpoint.step_of(folder), checkpoint.load(folder, model, optimizer)
+        step, state = checkpoint.step_of(folder), state | checkpoint.load(folder, model, optimizer)
+        was, now = state["origin"].get("commit"), origin["commit"]
+        changed = changed | ({"commit": (was, now)} if was != now else {})
         print(f"going on from {folder}" + "".join(f"\n  {k}: {a!r} -> {b!r}" for k, (a, b) in changed.items()))
     metrics, config = (os.path.join(out_dir, name) for name in ("metrics.jsonl", "config.json"))
     evaluated = state["evaluated"] == step
@@ -434,11 +458,11 @@ def save(step, model, optimizer, settings, state, records):
     checkpoint.save(out_dir, step, model, optimizer, state, settings, keep_checkpoints, best)
 
 
-def mfu_per_token_rate(model, ranks):
-    """Model FLOPs utilisation at one token a second over all devices; None where a device's peak is not known."""
+def tokens_at_peak(model, ranks):
+    """Tokens a second if all devices ran at their peak FLOP/s: a rate's share of it is the MFU. None if not known."""
     known = ranks.device.type == "cuda" and dtype == "bfloat16"  # the peaks are those of bf16
     peak = plan.peak_flops(torch.cuda.get_device_name()) if known else None
-    return model.flops_per_token() / peak / ranks.world if peak else None
+    return peak * ranks.world / model.flops_per_token() if peak else None
 
 
 def evaluate(model, step, corpus, ranks, step_times, records):
@@ -464,18 +488,20 @@ def evaluate(model, step, corpus, ranks, step_times, records):
     return loss
 
 
-def report_step(step, loss, norm, load, step_times, peak, records, state):
-    """The line of one optimizer step, printed and recorded. `step` counts the steps done."""
-    rate = batch_size * seq_len / step_times[-1]
-    left = (max_steps - step) * statistics.median(step_times[-20:]) / 60
-    print(
-        f"step {step}/{max_steps}  loss {loss:.4f}  lr {learning_rate(step - 1):.2e}  grad_norm {norm:.3f}  "
-        f"{rate:,.0f} tokens/s"
-        + (f"  mfu {rate * peak:.1%}" if peak else "")
-        + f"  {left:.1f} min left"
-        + (f"  NOT FINITE: skipped, {state['skipped']} so far" if state["skips"] else "")
-    )
+def report_step(step, loss, norm, load, step_times, peak_rate, records, state):
+    """The line of one optimizer step, printed and recorded. `step` counts the steps done; peak_rate: tokens_at_peak."""
+    rate, usual = batch_size * seq_len / step_times[-1], statistics.median(step_times[-20:])
+    left = (max_steps - step) * usual / 60
     lr_now = learning_rate(step - 1)
+    print(
+        f"step {step}/{max_steps}  loss {loss:.4f}  lr {lr_now:.2e}  grad_norm {norm:.3f}  {rate:,.0f} tokens/s"
+        + (f"  mfu {rate / peak_rate:.1%}" if peak_rate else "")
+        + f"  {left:.1f} min left"
+        + (f"  NOT FINITE: skipped, {state['skipped']} so far" if state["skipped_in_a_row"] else "")
+    )
+    if step_times[-1] > SLOW * usual:
+        print(f"slow: step {step} took {step_times[-1]:.1f} s, {step_times[-1] / usual:.0f} times the median; "
+              "is another program busy on this machine, or is it short of memory?")  # fmt: skip
     records.write(
         {
             "step": step,
@@ -490,67 +516,73 @@ def report_step(step, loss, norm, load, step_times, peak, records, state):
     )
 
 
+# -- the run --------------------------------------------------------------------------------------------------------
+
+
 def main():
     """Settings, then the run on this process among however many there are."""
     only_rank_0_prints()
-    settings = configure(globals(), RULES)
-    check_schedule()
+    settings = configure(globals(), RULES, elsewhere=ELSEWHERE, check=check)
     if dry_run:
         settings["vocab_size"] = vocab_size or open_corpora()[0].vocab_size
         try:
             return plan.report(model_config(settings), settings)
         except ValueError as e:
             fail(str(e))
-    on = resolve_device(device)
-    check_settings(on)
     train_data, val_data = open_corpora()
     try:
-        ranks = start(parallel, on, shard_size, rank_timeout)
+        ranks = start(parallel, resolve_device(device), shard_size, rank_timeout)
     except ValueError as e:
         fail(str(e))
-    try:
-        with ranks:
-            train(settings, train_data, val_data, ranks)
-    except DataError as e:  # a shard altered or cut since the start
-        sys.exit(f"error: {e}")
+    with ranks:
+        train(settings, train_data, val_data, ranks)
 
 
 def train(settings, train_data, val_data, ranks):
     """The run, from top to bottom."""
     model = design_model(settings, train_data.vocab_size, ranks)
+    # whose run is in out_dir, before a byte of it is touched or memory is taken
     origin, folder = provenance(settings, train_data, val_data), resume_folder()
     changed = checkpoint.same_run(out_dir, folder, origin)
     ranks.shard(model, dtype)
     ranks.initialise(model, None if folder else seed)  # a checkpoint brings all values
     net, optimizer = ranks.wrap(model), make_optimizer(model)
     first, state = begin(folder, model, optimizer, changed, origin)
+    # from here on Ctrl-C and SIGTERM are wishes, granted between two steps
     records, profiler, stop = Log(settings, ranks.is_main), start_profiler(ranks.is_main), checkpoint.Stop(ranks.device)
-    how = f" (impl {resolve_impl(impl, ranks.device, n_streams)})" if RESIDUALS[residual].has_maps else ""
-    size = f"{model.num_params()['total']:,} parameters"
-    print(f"{ranks.device.type}, {dtype}, residual {residual}{how}, {size} -> {out_dir}")
-    flops_share = mfu_per_token_rate(model, ranks)
+    how = f"mhc_step {resolve_impl(impl, ranks.device, n_streams)}" if residual == "mhc" else f"residual {residual}"
+    print(f"{ranks.device.type}, {dtype}, {how}, {model.num_params()['total']:,} parameters -> {out_dir}")
+    peak_rate = tokens_at_peak(model, ranks)
 
     step_times = []
     with profiler:
-        for step in range(first, max_steps + 1):
+        for step in range(first, max_steps + 1):  # `step` steps are done; the last turn evaluates and saves
             stopping, last = stop(), step == max_steps
+            # evaluate before the step: step 0 shows the untrained model, and the gradients of the step before are still
+            # there for the alarms. A resumed run does not do again what its checkpoint says is done
             if (step % eval_interval == 0 or last) and state["evaluated"] != step and not stopping:
                 state["val_loss"] = evaluate(model, step, val_data, ranks, step_times, records)
                 state["evaluated"] = step
+            # save after it: the checkpoint then knows its validation loss, and so whether it is the best. Nothing new
+            # is there at `first`, which is untrained, or was just loaded
             if (step % checkpoint_interval == 0 or last or stopping) and step > first:
                 save(step, model, optimizer, settings, state, records)
             if last or stopping:
                 break
+
+            # one step, timed as a whole: the .item() of loss and norm inside wait for the device
             began = time.perf_counter()
             loss = forward_backward(net, train_data, step, ranks)
             norm, load = optimizer_step(model, optimizer, step, loss, ranks)
             step_times.append(time.perf_counter() - began)
+
+            # every process sees the same loss and norm, so all skip together, and all give up together
             finite = math.isfinite(loss) and math.isfinite(norm)
-            state["skips"] = 0 if finite else state["skips"] + 1  # in a row
             state["skipped"] += not finite
-            report_step(step + 1, loss, norm, load, step_times, flops_share, records, state)
-            if state["skips"] == SKIPS_IN_A_ROW:
-                sys.exit(f"error: {SKIPS_IN_A_ROW} steps in a row were not finite; lower lr, or set grad_clip")
+            state["skipped_in_a_row"] = 0 if finite else state["skipped_in_a_row"] + 1
+            report_step(step + 1, loss, norm, load, step_times, peak_rate, records, state)
+            if state["skipped_in_a_row"] == SKIPPED_IN_A_ROW:
+                sys.exit(f"error: {SKIPPED_IN_A_ROW} steps in a row were not finite; lower lr, or set grad_clip")
             if profile and ranks.is_main:
                 profiler.step()
     if first >= max_steps:
@@ -560,4 +592,4 @@ def train(settings, train_data, val_data, ranks):
 
 
 if __name__ == "__main__":
-    checkpoint.run(main)
+    program.run(main, checkpoint.CheckpointError, DataError)

@@ -92,11 +92,12 @@ def train_process(flags, log, rank, world, port, hook):
         os.environ.update({k: str(v) for k, v in names.items()})
     sys.argv = ["train.py", *flags]
     import checkpoint
+    import program
     import train
 
     if hook:
         hook(train)
-    checkpoint.run(train.main)
+    program.run(train.main, checkpoint.CheckpointError)
 
 
 def train_in_fork(flags, log, world=1, hook=None):

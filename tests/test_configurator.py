@@ -2,19 +2,27 @@
 
 import pytest
 
-from configurator import above, at_least, between, configure, one_of
+from configurator import above, at_least, between, configure, one_of, some
 
 RULES = {
     "n_layer": at_least(1), "n_streams": at_least(1), "residual": one_of("baseline", "hc", "mhc"), "lr": above(0),
-    "beta1": between(0, 1),
+    "beta1": between(0, 1), "name": some("a name"),
 }  # fmt: skip
+ELSEWHERE = {"learning_rate": "lr", "dropout": "there is none", "total": "max_steps, in steps"}
+
+
+def check(settings):
+    if settings["n_layer"] * settings["n_streams"] > 100:
+        raise ValueError(f"n_streams={settings['n_streams']}: wanted fewer")
+    if settings["max_steps"] == 13:
+        raise ValueError("thirteen steps")
 
 
 def run(*argv, **more):
     settings = dict(n_layer=12, n_streams=4, residual="mhc", lr=1e-3, beta1=0.9, compile=False, max_steps=100, name="a")
     script_globals = settings | more | {"_private": 1, "CONSTANT": 7, "a_list": [], "configure": configure}
     script_globals["__file__"] = __file__
-    config = configure(script_globals, RULES, [str(a) for a in argv])
+    config = configure(script_globals, RULES, [str(a) for a in argv], ELSEWHERE, check)
     assert all(script_globals[k] == v for k, v in config.items())  # the script's globals follow
     return config
 
@@ -32,7 +40,7 @@ def error(capsys, *argv):
     [
         ("--n_layer=3", "n_layer", 3), ("--lr=1", "lr", 1.0), ("--max_steps=1e5", "max_steps", 100000),
         ("--compile=TRUE", "compile", True), ("--compile=false", "compile", False), ("--name=1e5", "name", "1e5"),
-        ("--name=a=b", "name", "a=b"), ("--name=", "name", ""), ("--residual=hc", "residual", "hc"),
+        ("--name=a=b", "name", "a=b"), ("--residual=hc", "residual", "hc"),
         ("--max_steps=12345678901234567890", "max_steps", 12345678901234567890), ("--lr=3e-4", "lr", 3e-4),
         ("--max_steps=-5", "max_steps", -5),
     ],
@@ -52,6 +60,9 @@ def test_flags_take_the_type_of_the_default(flag, name, value):
         ("--n_layer=", "a whole number"), ("--n_layer=-3", "a number of at least 1"), ("--n_streams=0", "at least 1"),
         ("--residual=mch", "one of 'baseline', 'hc', 'mhc'"), ("--lr=0", "above 0"), ("--beta1=2", "from 0 to 1"),
         ("n_layer=3", "--name=value"), ("-n_layer=3", "--name=value"), ("--=3", "a value is missing"),
+        ("--n_layer=" + "9" * 5000, "a whole number"), ("--n_layer=10000000001", "at most 1e+09"),
+        ("--learning_rate=1", "unknown setting 'learning_rate'; here it is lr"), ("--name=", "name='': wanted a name"),
+        ("--dropout=0", "unknown setting 'dropout'; there is none"), ("--total=1", "here it is max_steps, in steps"),
         ("--_private=3", "unknown setting"), ("--CONSTANT=3", "unknown setting"), ("--a_list=3", "unknown setting"),
     ],
 )  # fmt: skip
@@ -68,6 +79,11 @@ def test_mistakes_in_flags_are_one_line(capsys, flag, words):
         ("lr = 1 / 0", "ZeroDivisionError"), ("lr = float('nan')", "a finite number"), ("residual = 'x'", "one of"),
         ("compile = 1", "True or False"), ("lr = None", "a finite number"), ("name = 3", "a string"),
         ("import nowhere_to_be_found", "ModuleNotFoundError"), ("n_layer = True", "a whole number"),
+        ("lr = max", "lr=<built-in function max>: wanted a finite number"), ("import json as lr", "lr=<module 'js"),
+        ("class name:\n    pass", ".name'>: wanted a string"), ("n_streams = 50", "n_streams=50: wanted fewer"),
+        ("quit()", "ends the program (exit code None)"), ("import sys\nsys.exit(0)", "ends the program (exit code 0)"),
+        ("raise SystemExit", "ends the program"), ("raise ValueError('two\\nlines')", "ValueError: two lines"),
+        ("lr = [0] * 10**6", "a finite number"), ("\0", "null byte"),
     ],
 )  # fmt: skip
 def test_mistakes_in_files_are_one_line_that_names_the_file(capsys, tmp_path, text, words):
@@ -75,6 +91,12 @@ def test_mistakes_in_files_are_one_line_that_names_the_file(capsys, tmp_path, te
     path.write_text(text + "\n")
     message = error(capsys, path)
     assert words in message and str(path) in message
+
+
+def test_what_no_single_rule_sees_names_the_source_too(capsys):
+    assert error(capsys, "--n_streams=50") == "error: command line: n_streams=50: wanted fewer\n"
+    assert error(capsys, "--n_layer=50") == "error: default: n_streams=4: wanted fewer\n"
+    assert error(capsys, "--max_steps=13") == "error: thirteen steps\n"
 
 
 def test_a_missing_file(capsys, tmp_path):

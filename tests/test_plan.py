@@ -141,16 +141,26 @@ def test_communication_is_what_the_collectives_move(mode, every):
     run_ranks(2, count_sent, mode, every, 3)
 
 
-def test_a_run_that_cannot_fit_says_so_before_it_allocates():
-    with torch.device("meta"):
-        model = GPT(GPTConfig(vocab_size=129280, n_embd=16384, n_head=128, n_layer=60))
-    ranks = SimpleNamespace(device=torch.device("cpu"), world=1)
-    s = settings(parallel="none", batch_size=1)
-    with pytest.raises(ValueError, match="needs about .* GB on each device, and it has .*AdamW's moments"):
-        plan.check_fits(model, s, ranks)
+def test_what_may_not_fit_is_warned_of_and_what_cannot_is_refused(monkeypatch, capsys):
+    """On the meta device: nothing is allocated."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**SMALL))
+    ranks, s = SimpleNamespace(device=torch.device("cpu"), world=1), settings(parallel="none", batch_size=1)
+    needs = sum(plan.memory(model, s, 1, 8).values())
+    monkeypatch.setattr(plan.os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else int(share * needs))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    share = 1.01
     plan.check_fits(model, s, ranks)
+    assert capsys.readouterr().err == ""
+    share = 0.51
+    plan.check_fits(model, s, ranks)
+    warned = capsys.readouterr().err
+    assert (
+        warned.startswith("warning: the run needs about ") and "AdamW's moments" in warned and warned.count("\n") == 1
+    )
+    share = 0.49
+    with pytest.raises(ValueError, match="needs about .* GB on each device, and it has .*AdamW's moments"):
+        plan.check_fits(model, s, ranks)
 
 
 def test_assign_puts_a_value_in_place():

@@ -5,12 +5,15 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+import mhc
 import train
+from names import ELSEWHERE
 from parallel import start
 from tokenizer import load_tokenizer
 
@@ -100,22 +103,71 @@ def test_figures_of_a_run_in_progress(runs, tmp_path):
     assert "not a run folder" in call("figures.py", tmp_path, ok=False).stderr
 
 
-@pytest.mark.parametrize(
-    "flags,words",
-    [
-        (["--micro_batch_size=3"], "batch_size=4 is not a multiple of micro_batch_size=3 x 1 process"),
-        (["--data_dir=nowhere"], "nowhere"), (["--vocab_size=100"], "vocab_size=100"),
-        (["--collapse=head", "--n_streams=1"], "collapse='head'"), (["--recompute_block=99"], "recompute_block=99"),
-        (["--qk_rope_head_dim=7"], "qk_rope_head_dim=7"), (["--decay_at=0.5"], "decay_at"),
-        (["--decay_rates=a,b"], "decay_rates='a,b'"),
-        (["--decay_at=0.8,nan"], "decay_at='0.8,nan'"), (["--residual=resnet"], "residual='resnet'"),
-        (["--num_experts_per_tok=9"], "num_experts_per_tok=9"), (["--impl=triton"], "impl='triton' cannot run"),
-    ],
-)  # fmt: skip
-def test_impossible_runs_end_in_one_line(runs, flags, words):
-    done = call("train.py", *TINY, f"--data_dir={runs}/data", f"--out_dir={runs}/never", *flags, ok=False)
-    assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr
+MISTAKES = [  # flags; exit code; words
+    (["--micro_batch_size=3"], 2, "batch_size=4 is not a multiple of micro_batch_size=3 x 1 process"),
+    (["--batch_size=1000000000001"], 2, "batch_size=1000000000001: wanted a number of at least 1 and at most 1e+06"),
+    (["--batch_size=999983"], 2, "the nearest that fit: batch_size=999982 or 999984, or micro_batch_size=1"),
+    (["--data_dir=nowhere"], 2, "nowhere"), (["--vocab_size=100"], 2, "vocab_size=100"),
+    (["--data_dir="], 2, "data_dir='': wanted a folder, got nothing"), (["--out_dir= "], 2, "out_dir=' ': wanted a f"),
+    (["--collapse=head", "--n_streams=1"], 2, "collapse='head'"),
+    (["--recompute_block=99"], 2, "command line: recompute_block=99: wanted -1 for the best, or 1 to 4"),
+    (["--qk_rope_head_dim=7"], 2, "command line: qk_rope_head_dim=7"), (["--decay_at=0.5"], 2, "line: decay_at"),
+    (["--decay_rates=a,b"], 2, "decay_rates='a,b'"), (["--decay_at=0.8,nan"], 2, "decay_at='0.8,nan'"),
+    (["--residual=resnet"], 2, "command line: residual='resnet': wanted one of 'baseline', 'hc', 'mhc'"),
+    (["--num_experts_per_tok=9"], 2, "num_experts_per_tok=9"), (["--impl=triton"], 2, "impl='triton' cannot run"),
+    (["--n_layer=1e5"], 2, "n_layer=100000: wanted at least 1 and at most 1000"), (["--n_layer=0"], 2, "n_layer=0"),
+    (["--n_streams=65"], 2, "n_streams=65"), (["--lr=1e38"], 2, "lr=1e+38: wanted a number above 0 and at most 10"),
+    (["--alpha_init=1e300"], 2, "alpha_init=1e+300: wanted at least 0 and at most 100"),
+    (["--rope_theta=0"], 2, "rope_theta=0.0"), (["--rank_timeout=1e30"], 2, "rank_timeout"),
+    (["--seed=-1"], 2, "seed=-1"), (["--seed=99999999999999999999"], 2, "seed"), (["--init_std=-1"], 2, "init_std=-1"),
+    (["--n_embd=1e5", "--moe_intermediate_size=1e6"], 2, "the run needs about"),
+    (["--parallel=ddp"], 2, "parallel='ddp': wanted several processes"), (["--log=wandb"], 2, "pip install wandb"),
+    (["--shard_size=2"], 2, "command line: shard_size=2 with parallel='none'"),
+    (["--learning_rate=1"], 2, "unknown setting 'learning_rate'; here it is lr"),
+    (["--gradient_accumulation_steps=4"], 2, "there is none: batch_size counts all sequences of an optimizer step"),
+    (["--compile=True"], 2, "torch needs a C++ compiler here and 'no-such-compiler' is not found"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags,code,words", MISTAKES)
+def test_impossible_runs_end_in_one_line(runs, flags, code, words, monkeypatch, capsys):
+    """In this process, where nothing has to be imported again."""
+    monkeypatch.setattr(mhc, "INTERPRETED", False)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    for name, value in vars(train).copy().items():
+        if type(value) in (bool, int, float, str):
+            monkeypatch.setattr(train, name, value)  # put back afterwards
+    argv = ["train.py", *TINY, f"--data_dir={runs}/data", f"--out_dir={runs}/never", *flags]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as e:
+        train.main()
+    said = capsys.readouterr().err
+    assert e.value.code == code and words in said and said.count("\n") == 1 and said.startswith("error: ")
     assert not (runs / "never").exists()
+
+
+def test_every_other_name_stands_for_a_setting_or_says_why_not():
+    settings = {k for k, v in vars(train).items() if type(v) in (bool, int, float, str)}
+    assert not settings & ELSEWHERE.keys()
+    for ours in ELSEWHERE.values():
+        assert ours.split(",")[0] in settings or ours.startswith("there is none")
+
+
+def test_a_slow_step_gets_a_line(capsys):
+    state, step = {"skipped": 0, "skipped_in_a_row": 0}, dict(loss=1.0, norm=1.0, load=None, peak_rate=None)
+    for times, slow in (([1.0, 1.0, 11.0], True), ([1.0, 1.0, 9.0], False), ([11.0], False)):
+        train.report_step(3, step_times=times, records=SimpleNamespace(write=dict), state=state, **step)
+        assert ("slow: step 3 took 11.0 s, 11 times the median" in capsys.readouterr().out) == slow
+
+
+def test_mfu_is_the_share_of_the_rate_at_the_peak(capsys, monkeypatch):
+    monkeypatch.setattr(train, "batch_size", 10)
+    monkeypatch.setattr(train, "seq_len", 100)
+    train.report_step(
+        1, 1.0, 1.0, None, [0.5], 8000.0, SimpleNamespace(write=dict), {"skipped": 0, "skipped_in_a_row": 0}
+    )
+    assert "2,000 tokens/s  mfu 25.0%" in capsys.readouterr().out
 
 
 def schedule(monkeypatch, **settings):

@@ -14,14 +14,21 @@ Every figure printed is measured in the run that prints it. Rivals are timed in 
 minute of the machine hits all of them alike; the median is reported with its spread.
 """
 
-import statistics
 import sys
-import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules in the root
+import program
+
+if __name__ == "__main__":
+    program.begin()  # before torch, and before anything that takes long to import
+
+import re
+import statistics
+import time
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules in the root
 import recompute
 from configurator import at_least, between, configure, fail
 from model import GPT, MLA, RESIDUALS, GPTConfig, LatentCache, MoE, RMSNorm, rope_angles
@@ -48,10 +55,11 @@ context = 512  # tokens before the one that is timed; one of them is run, so 2 a
 depths = "24,60"  # sublayers L; 60 is the paper's 27B model
 n_streams = 4
 
-POSITIVE = ("tokens", "seq_len", "questions", "question_tokens", "choice_tokens", "n_streams")
 RULES = {
-    **dict.fromkeys(POSITIVE, at_least(1)), **dict.fromkeys(("threads", "shot_tokens"), at_least(0)),
-    "rounds": at_least(2), "context": at_least(2), "seed": between(0, 2**63 - 1),
+    **dict.fromkeys(("tokens", "seq_len"), at_least(1, 2**20)),
+    **dict.fromkeys(("questions", "question_tokens", "choice_tokens"), at_least(1, 10**5)),
+    "threads": at_least(0, 1024), "shot_tokens": at_least(0, 10**5), "n_streams": at_least(1, 64),
+    "rounds": at_least(2, 10**5), "context": at_least(2, 10**5), "seed": between(0, 2**63 - 1),
 }  # fmt: skip
 
 
@@ -358,8 +366,10 @@ def memory():
     """Bytes saved for the backward, and its peak, at several block lengths L_r, beside Table 3's formula."""
     n = n_streams
     lengths = depths.split(",")
-    if not all(L.isdecimal() and int(L) > 0 and int(L) % 2 == 0 for L in lengths):
-        fail(f"depths={depths!r}: wanted even numbers above 0 (a block is two sublayers) with commas between them")
+    if not all(re.fullmatch("[0-9]{1,3}", L) and int(L) > 0 and int(L) % 2 == 0 for L in lengths):
+        fail(
+            f"depths={depths!r}: wanted even numbers from 2 to 998 (a block is two sublayers) with commas between them"
+        )
     for L in map(int, lengths):
         model = thin_model(L)
         idx = torch.randint(32, (1, 64), generator=torch.Generator().manual_seed(seed))
@@ -368,7 +378,7 @@ def memory():
         print(f"L = {L} sublayers, n = {n}; all in units of C a token. L_r* = {best} (Eq 20)\n"
               f"  {'recompute':>9} {'L_r':>4} {'saved':>8} {'n ceil(L/L_r) + L':>18} {'peak':>8} "
               f"{'n ceil(L/L_r) + (n+2) L_r':>26} {'peak - L':>9}")  # fmt: skip
-        blocks = sorted({1, 2, 3, *range(max(1, best - 2), best + 4), 2 * best, L})
+        blocks = sorted(b for b in {1, 2, 3, *range(max(1, best - 2), best + 4), 2 * best, L} if b <= L)
         for mode, block in [("none", -1), ("full", -1), *(("mhc", block) for block in blocks)]:
             block = recompute.apply(model, mode, block)
             saved, peak = (v / unit for v in measured_bytes(model, idx, idx))
@@ -382,22 +392,22 @@ def memory():
 
 def kernels():
     """What the compilers make of the Triton kernels, for three NVIDIA chips and one of AMD."""
-    raise SystemExit(kernel_report.main("compile"))
+    kernel_report.main("compile")
 
 
 def traffic():
     """Bytes the Triton kernels ask for at one boundary, forward and backward."""
-    raise SystemExit(kernel_report.main("traffic"))
+    kernel_report.main("traffic")
 
 
 def gpu():
     """Times of the Triton kernels, against a copy and against the twin, plain and compiled; needs a GPU."""
-    raise SystemExit(kernel_report.main("gpu"))
+    kernel_report.main("gpu")
 
 
 def retune():
     """Block sizes of the Triton kernels, tried and timed for the table in sinkhorn_kernel.py; needs a GPU."""
-    raise SystemExit(kernel_report.main("retune"))
+    kernel_report.main("retune")
 
 
 COMMANDS = {f.__name__: f for f in (cpu, memory, generate, kernels, traffic, gpu, retune)} | {"eval": evaluation}
@@ -427,4 +437,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -17,6 +17,15 @@ the final losses differ from a step of that round on. Exit code 0 only if none i
     hang           one process is stopped (SIGSTOP): rank_timeout has to end the run with a clear message
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules in the root
+import program
+
+if __name__ == "__main__":
+    program.begin()  # before torch, and before anything that takes long to import
+
 import json
 import os
 import random
@@ -25,17 +34,14 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 import uuid
-from pathlib import Path
 
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules in the root
 import checkpoint
-from configurator import at_least, configure, one_of
+from configurator import above, at_least, configure, one_of, some
 
 rounds = 50  # faults
 ranks = 4  # processes
@@ -46,7 +52,11 @@ checkpoint_interval = 4  # steps
 rank_timeout = 12  # seconds that a hanging process is waited for
 minutes = 60.0  # the drill gives up after these; rounds not made are lost
 
-RULES = {"rounds": at_least(1), "ranks": at_least(2), "parallel": one_of("ddp", "fsdp"), "rank_timeout": at_least(2)}
+RULES = {
+    "rounds": at_least(1), "ranks": at_least(2, 64), "parallel": one_of("ddp", "fsdp"), "seed": at_least(0),
+    "folder": some("a folder"), "checkpoint_interval": at_least(1, 1000), "rank_timeout": at_least(2, 3600),
+    "minutes": above(0, 10**5),
+}  # fmt: skip
 TINY = (
     "--seq_len=16 --n_layer=1 --first_k_dense_replace=0 --n_embd=32 --n_head=2 --kv_lora_rank=16 --qk_nope_head_dim=8 "
     "--qk_rope_head_dim=8 --v_head_dim=8 --n_routed_experts=4 --num_experts_per_tok=2 --moe_intermediate_size=16 "
@@ -366,6 +376,8 @@ def first_difference(run, straight):
 
 def finish(run, straight):
     """Let the disturbed run end in order, and make an undisturbed one of the same length."""
+    if run.torchrun is None:
+        raise Lost("no round was made")
     kill([run.torchrun.pid], signal.SIGTERM)
     run.wait("the run to stop", lambda: run.torchrun.poll() is not None)
     clear_away()
@@ -430,16 +442,15 @@ def drill():
 def main():
     configure(globals(), RULES)
     os.chdir(Path(__file__).resolve().parent.parent)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM"))  # through `finally`: no orphans
     shutil.rmtree(folder, ignore_errors=True)
     os.makedirs(folder)
     try:
         lost = drill()
-    finally:
+    finally:  # after Ctrl-C and SIGTERM too: no orphans
         clear_away()
     print(f"{rounds} rounds, {len(lost)} lost")
     sys.exit(1 if lost else 0)
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)

@@ -9,22 +9,27 @@
 the kernels in Triton's interpreter: its numbers mean little without.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules in the root
+import program
+
+if __name__ == "__main__":
+    program.begin()  # before torch, and before anything that takes long to import
+
 import contextlib
 import importlib.util
 import itertools
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules in the root
 
 
 def round_to_bf16(a):
@@ -502,11 +507,12 @@ def print_retune(C=2560, n=4, T=16384):
 
 
 def main(what="compile", *numbers):
-    """Run `traffic` (in the interpreter), or `compile`, `gpu` or `retune` (without it), in a process of its own."""
+    """Become a process that does `traffic` (in the interpreter), or `compile`, `gpu` or `retune` (without it)."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"TRITON_INTERPRET": "1"} if what == "traffic" else {}
     command = [sys.executable, __file__, what, *map(str, numbers)]
-    return subprocess.run(command, env={**env, "KERNEL_REPORT_CHILD": "1"}).returncode
+    sys.stdout.flush()
+    os.execve(sys.executable, command, {**env, "KERNEL_REPORT_CHILD": "1"})
 
 
 if __name__ == "__main__":
@@ -514,6 +520,9 @@ if __name__ == "__main__":
     prints = {"traffic": print_traffic, "compile": print_compile, "gpu": print_gpu, "retune": print_retune}
     if what not in prints:
         sys.exit(__doc__)
+    wanted = "C n" if what == "compile" else "C n tokens"
+    if not all(n.isdecimal() and 0 < int(n) < 2**24 for n in numbers) or len(numbers) > len(wanted.split()):
+        program.end(f"error: {' '.join(numbers)}: wanted whole numbers above 0: {wanted}", 2)
     if "KERNEL_REPORT_CHILD" not in os.environ:
-        sys.exit(main(what, *numbers))
-    prints[what](*map(int, numbers))
+        main(what, *numbers)
+    program.run(lambda: prints[what](*map(int, numbers)))
