@@ -76,7 +76,7 @@ def coerce(name, value, default, source):
     fail(f"{source}: {name}={reprlib.repr(value)}: wanted {wanted}, like the default {default!r}")
 
 
-def read_file(path, settings):
+def read_file(path, settings=()):
     """What a config file sets; run as a program of its own, never inside the caller. Functions and modules in it are
     its own business, unless they have the name of a setting."""
     try:

@@ -14,7 +14,7 @@ import program
 ROOT = Path(__file__).parent.parent
 PROGRAMS = [
     "train.py", "eval.py", "sample.py", "prepare_data.py", "figures.py", "checkpoint.py", "experiments.py",
-    "tools/bench.py", "tools/kernel_report.py", "tools/drill.py",
+    "tools/bench.py", "tools/kernel_report.py", "tools/drill.py", "tools/report.py",
 ]  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def catches(pid, number):
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_signal_during_the_imports_of_any_program_is_one_line(name):
     number, code = (signal.SIGTERM, 143) if PROGRAMS.index(name) % 2 else (signal.SIGINT, 130)
-    process = start([sys.executable, name, *(["compile"] if "report" in name else [])])
+    process = start([sys.executable, name, *(["compile"] if "kernel" in name else [])])
     wait_for(lambda: catches(process.pid, signal.SIGTERM))
     process.send_signal(number)
     assert end(process) == (code, f"stopped by {program.SIGNALS[number]}\n")

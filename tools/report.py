@@ -7,12 +7,19 @@ Every number of REPORT.md is computed here from rows that experiments.py has wri
 have been run, with the command that would. Differences are paired by seed. A mean has its standard error behind it.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules in the root
+import program
+
+if __name__ == "__main__":
+    program.begin()  # before torch, and before anything that takes long to import
+
 import csv
 import math
 import os
 import statistics
-import sys
-from pathlib import Path
 
 import matplotlib
 
@@ -20,7 +27,6 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the modules in the root
 from configurator import configure, fail, read_file
 from experiments import DEMO, ELSEWHERE, EXPERIMENTS, read_rows, results
 
@@ -413,4 +419,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    program.run(main)
