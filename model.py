@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor
 
 from mhc import mhc_coeffs, mhc_post_res, mhc_pre, mhc_step
 from mhc_ref import map_dtype
@@ -613,7 +614,8 @@ class Experts(nn.Module):
         """x (M, C), rows sorted by expert; ends (E,) int32: the row behind each expert's last -> (M, C)."""
         if torch.is_autocast_enabled(x.device.type):  # grouped_mm is not on autocast's list
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        weights = [w.to(x.dtype) for w in (self.gate_proj, self.up_proj, self.down_proj)]
+        weights = (self.gate_proj, self.up_proj, self.down_proj)
+        weights = [(w.to_local() if isinstance(w, DTensor) else w).to(x.dtype) for w in weights]  # expert_parallel.py
         if not grouped_mm_takes(x, *weights):
             return self.one_by_one(x, ends, *weights)
         gate_proj, up_proj, down_proj = (w.transpose(1, 2) for w in weights)
@@ -650,12 +652,16 @@ class MoE(nn.Module):
         if self.training:
             self.gate.load += ends.diff(prepend=ends.new_zeros(1))
         slots = order.argsort()
-        y = self.experts(Dispatch.apply(x, order, slots, k), ends.to(torch.int32))  # (N*k, C) sorted by expert
+        y = self.run_experts(Dispatch.apply(x, order, slots, k), ends.to(torch.int32))  # (N*k, C) sorted by expert
         y = Combine.apply(y, order, slots, k)  # (N, k, C): the same order of summation every time
         y = (y * weights.unsqueeze(-1)).sum(1).to(x.dtype)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
         return y.view(shape)
+
+    def run_experts(self, x, ends):
+        """expert_parallel.py puts another in its place, which sends the rows to other ranks' experts."""
+        return self.experts(x, ends)
 
 
 class Block(nn.Module):

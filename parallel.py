@@ -32,9 +32,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+import expert_parallel
 from configurator import fail
 
 PARALLEL = ("none", "ddp", "fsdp")
@@ -50,7 +51,7 @@ def resolve_device(device):
     return device
 
 
-def start(parallel="none", device="cpu", shard_size=0, rank_timeout=600):
+def start(parallel="none", device="cpu", shard_size=0, rank_timeout=600, expert_size=1):
     """This process among all of the run, as torchrun's environment describes them; without torchrun it is alone.
 
     device: 'cpu' | 'cuda' | 'mps'. rank_timeout: seconds after which a process that does not answer ends the run.
@@ -70,7 +71,7 @@ def start(parallel="none", device="cpu", shard_size=0, rank_timeout=600):
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         timeout = timedelta(seconds=rank_timeout)
         dist.init_process_group(backend, timeout=timeout, **meeting_point(rank, world, timeout))
-    return Ranks(parallel, rank, world, torch.device(device), shard_size, rank_timeout)
+    return Ranks(parallel, rank, world, torch.device(device), shard_size, rank_timeout, expert_size)
 
 
 def meeting_point(rank, world, timeout):
@@ -104,7 +105,7 @@ class Ranks:
     .is_main        whether this is the one that prints and writes
     """
 
-    def __init__(self, parallel, rank, world, device, shard_size, rank_timeout):
+    def __init__(self, parallel, rank, world, device, shard_size, rank_timeout, expert_size=1):
         self.parallel, self.rank, self.world, self.device = parallel, rank, world, device
         self.is_main, self.rank_timeout = rank == 0, rank_timeout
         self.shard_size = (shard_size or world) if parallel == "fsdp" else 1
@@ -113,6 +114,11 @@ class Ranks:
             if self.shard_size < world:
                 shape = (world // self.shard_size, self.shard_size)
                 self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
+        self.experts = None
+        if expert_size > 1:  # the mesh of the experts; all the rest is cut over both of its dimensions
+            shape = (world // expert_size, expert_size)
+            self.experts = init_device_mesh(device.type, shape, mesh_dim_names=("data", "expert"))
+            self.mesh = self.experts._flatten("all")
 
     def __str__(self):
         if self.world == 1:
@@ -137,6 +143,12 @@ class Ranks:
             narrow = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         # FSDP warns that writing into the view which an F returns would cost its hooks: nothing here writes into it
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+        if self.experts is not None:
+            expert_parallel.apply(model, self.experts["expert"])
+            for block in model.layers:
+                if hasattr(block.mlp, "experts"):  # on their second dimension: the first is cut over "expert"
+                    mesh = self.experts["data"]
+                    fully_shard(block.mlp.experts, mesh=mesh, mp_policy=narrow, shard_placement_fn=lambda p: Shard(1))
         for module, is_narrow in groups(model):
             fully_shard(module, mesh=self.mesh, mp_policy=narrow if is_narrow else wide)
         cut_again_without_backward(model)
@@ -186,8 +198,12 @@ class Ranks:
 
     def clip_grad_norm(self, model, max_norm):
         """Scale the gradients to a norm of at most max_norm; 0: leave them. -> their norm before, over all shards."""
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf)
-        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+        lists = by_mesh(p for p in model.parameters() if p.grad is not None)
+        norms = [torch.nn.utils.get_total_norm([p.grad for p in ps]) for ps in lists]
+        norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+        for ps in lists:
+            torch.nn.utils.clip_grads_with_norm_(ps, max_norm or math.inf, norm)
+        return norm.item()
 
     def barrier(self):
         """Wait for all processes."""
@@ -234,6 +250,14 @@ def groups(model):
             found.append((block.mlp.gate, False))
         found += [(block.self_attn, True), (block.mlp, True)]
     return [*found, (model, False)]
+
+
+def by_mesh(parameters):
+    """The parameters in lists, one for each device mesh they lie on: no operation takes DTensors of several meshes."""
+    lists = {}
+    for p in parameters:
+        lists.setdefault(p.device_mesh if isinstance(p, DTensor) else None, []).append(p)
+    return list(lists.values())
 
 
 def assign(p, value):

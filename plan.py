@@ -24,6 +24,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import expert_parallel
 import model as model_file
 import program
 from model import GPT, MHC, RESIDUALS
@@ -95,14 +96,21 @@ def activation_bytes(c, recompute, block, e):
 # -- memory and communication ---------------------------------------------------------------------------------------
 
 
-def group_sizes(model):
-    """(parameters, whether in bf16) of each of FSDP2's groups, in the order of parallel.groups."""
-    seen, sizes = set(), []
+def group_sizes(model, without=()):
+    """(parameters, whether in bf16) of each of FSDP2's groups, in the order of parallel.groups. Parameters in `without`
+    are not counted."""
+    seen, sizes = {id(p) for p in without}, []
     for module, narrow in groups(model):
         own = [p for p in module.parameters() if id(p) not in seen]
         seen.update(id(p) for p in own)
         sizes.append((sum(p.numel() for p in own), narrow))
     return sizes
+
+
+def cut_experts(model, s):
+    """The experts' parameters that expert_parallel.py cuts; none without it."""
+    return [p for b in model.layers if hasattr(b.mlp, "experts") for p in b.mlp.experts.parameters()
+            if s["expert_size"] > 1]  # fmt: skip
 
 
 def memory(model, s, world, block):
@@ -112,7 +120,10 @@ def memory(model, s, world, block):
     S = (s["shard_size"] or world) if s["parallel"] == "fsdp" else 1
     N = s["micro_batch_size"] * s["seq_len"]
     micro_batches = s["batch_size"] // (s["micro_batch_size"] * world)
-    sizes = group_sizes(model)
+    experts = cut_experts(model, s)
+    sizes = group_sizes(model, experts)
+    if experts:  # three weights a mixture
+        sizes.insert(0, (sum(p.numel() for p in experts[:3]) // s["expert_size"], True))
     parts = {"weights (fp32)": 4 * P // S, "gradients (fp32)": 4 * P // S, "AdamW's moments (fp32)": 8 * P // S}
     if s["parallel"] == "fsdp":
         largest = max(size for size, _ in sizes[:-1])
@@ -125,6 +136,10 @@ def memory(model, s, world, block):
         parts["weights in bf16 (autocast)"] = 2 * sum(size for size, narrow in sizes[1:] if narrow)
     kept, replay = activation_bytes(c, s["recompute"], block, e)
     parts["activations kept"], parts["activations replayed"] = N * kept, N * replay
+    if (
+        experts
+    ):  # in the layer at work, as sent, as received, by expert, and back, if every rank gets as many as it sends
+        parts["tokens on their way to experts and back"] = 4 * e * N * c.num_experts_per_tok * c.n_embd
     parts["gradients of the streams"] = 3 * N * e * c.n_streams * c.n_embd
     rows = min(N, max(1, model_file.LOGITS_AT_ONCE // c.vocab_size))
     parts["logits"] = COPIES_OF_LOGITS * 4 * rows * c.vocab_size
@@ -135,7 +150,7 @@ def memory(model, s, world, block):
 def communication(model, s, world):
     """{what: bytes that one rank sends in a step}, by ring algorithms: gather and reduce-scatter move (S-1)/S of the
     whole, all-reduce twice that."""
-    e = 2 if s["dtype"] == "bfloat16" else 4
+    c, e = model.config, 2 if s["dtype"] == "bfloat16" else 4
     micro_batches = s["batch_size"] // (s["micro_batch_size"] * world)
     P = sum(p.numel() for p in model.parameters())
     if s["parallel"] == "ddp":
@@ -144,7 +159,9 @@ def communication(model, s, world):
     if s["parallel"] == "none":
         return {}
     S = s["shard_size"] or world
-    *inner, (root, _) = group_sizes(model)
+    experts = cut_experts(model, s)
+    *inner, (root, _) = group_sizes(model, experts)
+    E, P = sum(p.numel() for p in experts), P - sum(p.numel() for p in experts)
     # once for the forward and once for the backward, which has what a replay of F needs; the root stays in between
     gathered = 2 * sum(size * (e if narrow else 4) for size, narrow in inner) + 4 * root
     share = (S - 1) / S
@@ -152,6 +169,15 @@ def communication(model, s, world):
         "all-gather of weights": int(share * gathered * micro_batches),
         "reduce-scatter of gradients": int(share * 4 * P * (micro_batches if s["reduce_always"] else 1)),
     }
+    if experts:  # the shares of expert_size ranks, each gathered and reduced over the ranks that hold the same
+        of_rank, D = E // s["expert_size"], world // s["expert_size"]
+        share = (D - 1) / D * micro_batches
+        moved["all-gather of experts"] = int(share * 2 * e * of_rank)
+        moved["reduce-scatter of experts"] = int((share if s["reduce_always"] else (D - 1) / D) * 4 * of_rank)
+        tokens = s["micro_batch_size"] * s["seq_len"] * micro_batches
+        ways = 6 if s["recompute"] == "full" else 4  # there and back, forward and backward; and in the replay
+        one_way = tokens * c.num_experts_per_tok * c.n_embd * e * (s["expert_size"] - 1) / s["expert_size"]
+        moved["all-to-all of tokens"] = int(ways * one_way * (c.n_layer - c.first_k_dense_replace))
     if S < world:
         copies = world // S
         moved["all-reduce between copies"] = int(2 * (copies - 1) / copies * 4 * P / S)
@@ -165,6 +191,7 @@ def report(config, s):
     """Print what the run with settings s would take. Raises ValueError, naming the rule, for one that cannot be."""
     world = s["plan_devices"] or int(os.environ.get("WORLD_SIZE", 1))
     check_layout(s["parallel"], world, s["shard_size"])
+    expert_parallel.check(config, s["expert_size"], world, s["parallel"], s["shard_size"])
     check_batch(s["batch_size"], s["micro_batch_size"], world)
     if s["plan_device"] not in MEMORY:
         raise ValueError(f"plan_device={s['plan_device']!r}: wanted one of {', '.join(MEMORY)}")
@@ -189,7 +216,8 @@ def report(config, s):
     print(f"L_r*={best} of {L} sublayers (Eq 20: {block_cost(L, best, config.n_streams)} C a token); "
           f"recompute={s['recompute']!r}, segments of {block}")  # fmt: skip
     copies = world // (s["shard_size"] or world) if s["parallel"] == "fsdp" else world
-    print(f"layout: {world} devices, parallel={s['parallel']!r}, {copies} copies of the weights")
+    shared = f", experts of a layer over {s['expert_size']}" if s["expert_size"] > 1 else ""
+    print(f"layout: {world} devices, parallel={s['parallel']!r}, {copies} copies of the weights{shared}")
     print_bytes("memory per device", memory(model, s, world, block), MEMORY[s["plan_device"]])
     print_bytes("sent by each rank in a step", communication(model, s, world))
 

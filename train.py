@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 import checkpoint
+import expert_parallel
 import plan
 import recompute as recomputation
 from configurator import above, at_least, between, configure, fail, one_of, some
@@ -41,7 +42,7 @@ from gains import alarms, gains, heat_maps, res_gradients, stream_spread
 from mhc import STREAMS, resolve_impl
 from model import GPT, RESIDUALS, GPTConfig
 from names import ELSEWHERE
-from parallel import PARALLEL, check_batch, check_layout, only_rank_0_prints, resolve_device, start
+from parallel import PARALLEL, by_mesh, check_batch, check_layout, only_rank_0_prints, resolve_device, start
 
 # -- the run --------------------------------------------------------------------------------------------------------
 out_dir = "out/run"
@@ -100,6 +101,7 @@ grad_clip = 1.0  # largest norm of the gradient; 0: off
 bias_update_speed = 0.001  # gamma: how far an expert's selection bias moves in a step
 # -- many processes, and memory: see parallel.py and recompute.py -----------------------------------------------------
 parallel = "none"  # 'ddp' | 'fsdp': started by torchrun
+expert_size = 1  # fsdp: processes that share the routed experts, as a rule those of one node: see expert_parallel.py
 shard_size = 0  # fsdp: processes that share one copy of the weights; 0: all. As a rule those of one node
 reduce_always = False  # reduce gradients after every micro-batch, not the last alone: fsdp then keeps only shards
 rank_timeout = 600.0  # seconds after which a process that does not answer ends the run
@@ -138,6 +140,7 @@ RULES = {  # of the model's settings: GPTConfig's
     "grad_clip": at_least(0),
     "parallel": one_of(*PARALLEL),
     **dict.fromkeys(("shard_size", "plan_devices"), at_least(0, 10**6)),
+    "expert_size": at_least(1, 10**6),
     "rank_timeout": above(0, 10**6),
     "recompute": one_of(*recomputation.RECOMPUTE),
     "plan_device": one_of(*plan.MEMORY),
@@ -162,6 +165,7 @@ def check(settings):
         return
     world, on = int(os.environ.get("WORLD_SIZE", 1)), resolve_device(device)
     check_layout(parallel, world, shard_size)
+    expert_parallel.check(config, expert_size, world, parallel, shard_size)
     check_batch(batch_size, micro_batch_size, world)
     if parallel == "ddp" and "RANK" not in os.environ:
         raise ValueError("parallel='ddp': wanted several processes: torchrun --nproc_per_node=2 train.py ...")
@@ -233,7 +237,8 @@ def make_optimizer(model):
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0, "lr_scale": 1.0},
         {"params": maps, "weight_decay": 0.0, "lr_scale": maps_lr_scale},
     ]
-    groups = [group for group in groups if group["params"]]  # the baseline has no maps
+    # the baseline has no maps; under expert_size the experts lie on a device mesh of their own
+    groups = [group | {"params": ps} for group in groups for ps in by_mesh(group["params"])]
     fused = next(model.parameters()).device.type == "cuda"
     return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=adam_eps, fused=fused)
 
@@ -266,7 +271,7 @@ def forward_backward(net, corpus, step, ranks):
 
 
 def optimizer_step(model, optimizer, step, loss, ranks):
-    """Clip, step, move the experts' biases. -> gradient norm, expert load (max/mean). Skips a step that is not finite.
+    """Clip, step, move the experts' biases. -> gradient norm, load (see uneven). Skips a step that is not finite.
 
     The gradients stay until the next forward_backward: an evaluation in between looks at them."""
     norm = ranks.clip_grad_norm(model, grad_clip)
@@ -277,7 +282,18 @@ def optimizer_step(model, optimizer, step, loss, ranks):
     if finite:
         optimizer.step()
     model.update_expert_bias(bias_update_speed if finite else 0.0, load)
-    return norm, (load.amax(1) / load.float().mean(1)).max().item() if len(load) else None
+    return norm, {"expert_load": uneven(load, load.shape[1])} | (
+        {"rank_load": uneven(load, expert_size)} if expert_size > 1 else {}
+    )
+
+
+def uneven(load, parts):
+    """load (MoE blocks, E) tokens an expert -> how uneven the worst block is over `parts` equal runs of experts, as
+    most / mean; None without MoE. Over E parts: the experts; over expert_size: the ranks that hold them."""
+    if not len(load):
+        return None
+    load = load.float().unflatten(1, (parts, -1)).sum(2)
+    return (load.amax(1) / load.mean(1)).max().item()
 
 
 # -- evaluation -----------------------------------------------------------------------------------------------------
@@ -509,7 +525,7 @@ def report_step(step, loss, norm, load, step_times, peak_rate, records, state):
             "lr": lr_now,
             "maps_lr": lr_now * maps_lr_scale if RESIDUALS[residual].has_maps else None,
             "grad_norm": norm,
-            "expert_load": load,
+            **load,
             "skipped": state["skipped"],
             "step_ms": step_times[-1] * 1e3,
         }
@@ -531,7 +547,7 @@ def main():
             fail(str(e))
     train_data, val_data = open_corpora()
     try:
-        ranks = start(parallel, resolve_device(device), shard_size, rank_timeout)
+        ranks = start(parallel, resolve_device(device), shard_size, rank_timeout, expert_size)
     except ValueError as e:
         fail(str(e))
     with ranks:

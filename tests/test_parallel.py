@@ -69,6 +69,9 @@ def check_same(root, run):
         (2, "--parallel=fsdp --recompute=mhc --recompute_block=3"),
         (4, "--parallel=fsdp --recompute=full --micro_batch_size=2"),
         (4, "--parallel=fsdp --shard_size=2 --reduce_always=True --recompute=mhc"),
+        (2, "--parallel=fsdp --expert_size=2 --recompute=mhc"),
+        (4, "--parallel=fsdp --expert_size=2 --recompute=full --micro_batch_size=2"),
+        (4, "--parallel=fsdp --expert_size=4 --reduce_always=True"),
     ],
 )
 def test_losses_equal_one_process(root, world, layout):
