@@ -21,9 +21,9 @@ SMALL = dict(
     v_head_dim=24, intermediate_size=192, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=48,
 )  # fmt: skip
 LAYOUT = dict(
-    dtype="float32", parallel="fsdp", shard_size=0, expert_size=1, reduce_always=False, recompute="none", recompute_block=-1,
-    batch_size=8, micro_batch_size=1, seq_len=32, max_steps=10, plan_devices=8, plan_device="H100", plan_mfu=0.4,
-    lr=1e-3, maps_lr_scale=1.0,
+    dtype="float32", parallel="fsdp", shard_size=0, expert_size=1, reduce_always=False, recompute="none",
+    recompute_block=-1, batch_size=8, micro_batch_size=1, seq_len=32, max_steps=10, plan_devices=8, plan_device="H100",
+    plan_mfu=0.4, lr=1e-3, maps_lr_scale=1.0,
 )  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def test_communication_is_what_the_collectives_move(mode, every, expert_size):
 
 
 def test_64_gpus_move_less_with_the_experts_shared_in_a_node(capsys):
-    """Issue of the 27B model: FSDP brings all experts to all tokens, 3.8 TB a rank and step in groups of 8."""
+    """FSDP in groups of 8 brings all experts to all tokens."""
     layout = dict(plan_devices=64, recompute="mhc")
     sent = [
         float(re.search(r"sent by each rank in a step: ([\d.]+) GB", report(capsys, "mhc_27b", **layout, **how))[1])
