@@ -1,11 +1,13 @@
 """The residual connections against references written from the equations in numpy, in long double."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 
 from mhc_ref import mhc_coeffs_ref, mhc_post_res_ref, mhc_pre_ref, mhc_step_ref, sinkhorn_ref
-from model import GPT, HC, MHC, GPTConfig, expand_streams
+from model import GPT, HC, MHC, GPTConfig, cut_converged, expand_streams
 
 B, T, N, C = 2, 3, 4, 5  # odd and different from one another, so that no axis can stand in for another
 TINY = dict(
@@ -203,12 +205,14 @@ def test_every_live_map_moves_every_dead_one_stays_and_streams_differ(residual, 
     b_before = [r.b.detach().clone() for r in model.residuals()]
     train_a_little(model)
     after = [m for r in model.residual_maps(tokens()) for m in r]
-    live = [alive for r in model.residuals() for alive in r.live]
+    # under 'sum' mHC's last H_res has nothing to learn while Sinkhorn converges
+    lives = [(*r.live[:2], r.live[2] and not getattr(r, "is_summed", False)) for r in model.residuals()]
+    live = [alive for r in lives for alive in r]
     for i, (m0, m1, alive) in enumerate(zip(before, after, live, strict=True)):
         if alive:  # H_pre starts where the sigmoid is flat
             assert (m1 - m0).abs().max() > 2e-4, f"map {i % 3} of sublayer {i // 3 + 1} has not moved"
-    for r, b0 in zip(model.residuals(), b_before, strict=True):
-        for part, part0, alive in zip(r.b.split(r.sizes), b0.split(r.sizes), r.live, strict=True):
+    for r, r_live, b0 in zip(model.residuals(), lives, b_before, strict=True):
+        for part, part0, alive in zip(r.b.split(r.sizes), b0.split(r.sizes), r_live, strict=True):
             assert (part - part0).abs().max() > 1e-3 if alive else torch.equal(part, part0)
     dead = [i for i, alive in enumerate(live) if not alive]
     assert dead == {("hc", "sum"): [0], ("mhc", "sum"): [0, 2, 17], ("mhc", "head"): [0, 2]}[residual, collapse]
@@ -231,7 +235,8 @@ def test_both_starts_have_the_H_res_they_say_part_the_streams_and_leave_each_liv
     model(tokens(), tokens(1))[1].backward()
     for r in model.residuals():
         for p, sizes in ((r.phi, r.sizes), (r.alpha, (1, 1, 1)), (r.b, r.sizes)):
-            for grad, live in zip(p.grad.split(sizes, -1), r.live, strict=True):
+            grads = list(zip(p.grad.split(sizes, -1), r.live, strict=True))
+            for grad, live in grads[:2] if r.is_summed else grads:  # the last H_res: tested below
                 assert grad.norm() > 1e-11 if live else grad.norm() == 0
 
 
@@ -278,13 +283,25 @@ def test_with_H_res_alone_learned_HCs_streams_stay_copies_and_mHC_is_refused():
             GPTConfig(**TINY | {"learned_maps": learned})
 
 
+def uncut(model):
+    """Every map in the graph, whether it acts or not: the whole gradient, and in fp64 the true one."""
+    for r in model.residuals():
+        r.live, r.is_summed = (True, True, True), False
+    return model
+
+
+def b_gradients(model):
+    """Of pre, post and res for each sublayer, in fp64."""
+    model(tokens(batch=4), tokens(1, batch=4))[1].backward()
+    return [[g.double() for g in r.b.grad.split(r.sizes)] for r in model.residuals()]
+
+
 @pytest.mark.parametrize("residual,n", [("hc", 4), ("mhc", 4), ("hc", 1), ("mhc", 1)])
 def test_dead_maps_have_no_effect_and_that_is_why_they_are_cut(residual, n):
     """The gradient that `live` throws away is rounding noise: in fp64 it is 1e-9 of a live map's, or less."""
-    model = make(residual=residual, n_streams=n, sinkhorn_iters=200).double()
+    model = make(residual=residual, n_streams=n, collapse="head" if n > 1 else "sum").double()
     lives = [r.live for r in model.residuals()]
-    for r in model.residuals():
-        r.live = (True, True, True)
+    uncut(model)
     train_a_little(model, steps=2)  # HC's streams are equal at the start
     model.zero_grad()
     model(tokens(), tokens(1))[1].backward()
@@ -295,6 +312,46 @@ def test_dead_maps_have_no_effect_and_that_is_why_they_are_cut(residual, n):
     ]
     dead, alive = ([g for g, a in grads if a == wanted] for wanted in (False, True))
     assert dead and max(dead) < 1e-9 * min(alive)
+
+
+@pytest.mark.parametrize("residual,n", [("hc", 4), ("mhc", 4), ("mhc", 1)])
+def test_the_first_H_pre_learns_where_norm_eps_lets_it_act(residual, n):
+    """The pre-norm removes a scale but for norm_eps. The gradient that is left is true at 1e-6, and at 1e-10 noise."""
+    for norm_eps, alive in ((1e-5, True), (1e-6, True), (1e-10, False), (1e-20, False)):
+        model = make(residual=residual, n_streams=n, norm_eps=norm_eps)
+        (got, *_), *_ = b_gradients(model)
+        (want, *_), *_ = b_gradients(uncut(copy.deepcopy(model).double()))
+        (noisy, *_), *_ = b_gradients(uncut(copy.deepcopy(model)))
+        assert model.residuals()[0].live[0] == alive
+        if alive:
+            assert (got - want).norm() < 0.03 * want.norm()
+        else:
+            assert (got == 0).all() and (noisy - want).norm() > want.norm()
+
+
+@pytest.mark.parametrize("iters,std", [(20, 0), (20, 8), (5, 2)])
+def test_the_last_H_res_learns_where_sinkhorn_has_not_converged(iters, std):
+    """Under 'sum' it acts through its column sums. std: of the logits; 0 stands for the first values."""
+    model = make(sinkhorn_iters=iters, n_layer=3)
+    last = model.residuals()[-1]
+    if std:
+        with torch.no_grad():
+            last.b[2 * N :] = std * torch.randn(N * N, generator=torch.Generator().manual_seed(5))
+    got = b_gradients(model)[-1][2]
+    want, noisy = (b_gradients(uncut(m))[-1][2] for m in (copy.deepcopy(model).double(), copy.deepcopy(model)))
+    if std:
+        assert (got - want).norm() < 0.05 * want.norm()
+    else:
+        assert (got == 0).all() and (noisy - want).norm() > 10 * want.norm()
+
+
+def test_one_token_is_cut_and_the_next_is_not():
+    logits = torch.stack((torch.eye(N), 8 * torch.randn(N, N, generator=torch.Generator().manual_seed(5))))
+    H_res = sinkhorn_ref(logits).requires_grad_()
+    cut = cut_converged(H_res)
+    assert torch.equal(cut, H_res)
+    (cut * torch.arange(1.0, N + 1)).sum().backward()
+    assert (H_res.grad[0] == 0).all() and (H_res.grad[1] == torch.arange(1.0, N + 1)).all()
 
 
 def test_mappings_are_fp32_and_streams_bf16_under_bf16_autocast():
