@@ -100,11 +100,7 @@ class GPTConfig:
             raise ValueError(
                 f"learned_maps={self.learned_maps!r}: wanted some of {','.join(MAPS)}, with commas between"
             )
-        if self.residual == "mhc" and "post" not in self.learned_maps:
-            raise ValueError(
-                f"learned_maps={self.learned_maps!r}: with H_post = 1 every stream gets the same, and a row-stochastic "
-                "H_res keeps equal streams equal: no map would act; wanted 'post' among them, or residual='baseline'"
-            )
+        RESIDUALS[self.residual].check(self)
         if self.collapse == "head" and self.n_streams == 1:
             raise ValueError("collapse='head': wanted several streams, got one, whose weight the final norm undoes")
 
@@ -130,6 +126,10 @@ class Residual(nn.Module):
     def __init__(self, config, s):
         super().__init__()
         self.config, self.s, self.n = config, s, config.n_streams
+
+    @staticmethod
+    def check(config):
+        """Raise ValueError, `name=value: wanted ...`, for settings that this kind cannot have."""
 
     def forward(self, x, y, carry):
         """The boundary: close the sublayer before, read for this one. x (..., n, C); y (..., C) the output of the one
@@ -306,6 +306,15 @@ class MHC(HyperConnection):
         self.sinkhorn_iters = config.sinkhorn_iters
         # collapse='sum' after the last sublayer: its H_res acts through its column sums alone
         self.is_summed = s == 2 * config.n_layer - 1 and config.collapse == "sum"
+
+    @staticmethod
+    def check(config):
+        if "post" not in config.learned_maps:
+            raise ValueError(
+                f"learned_maps={config.learned_maps!r}: with H_post = 1 every stream gets the same, and a row-"
+                "stochastic H_res keeps equal streams equal: no map would act; wanted 'post' among them, or "
+                "residual='baseline'"
+            )
 
     def live_maps(self):
         """Before the first sublayer all streams are equal, so a row-stochastic H_res changes nothing, whatever the

@@ -566,8 +566,9 @@ def train(settings, train_data, val_data, ranks):
     first, state = begin(folder, model, optimizer, changed, origin)
     # from here on Ctrl-C and SIGTERM are wishes, granted between two steps
     records, profiler, stop = Log(settings, ranks.is_main), start_profiler(ranks.is_main), checkpoint.Stop(ranks.device)
-    how = f"mhc_step {resolve_impl(impl, ranks.device, n_streams)}" if residual == "mhc" else f"residual {residual}"
-    print(f"{ranks.device.type}, {dtype}, {how}, {model.num_params()['total']:,} parameters -> {out_dir}")
+    how = f" (impl {resolve_impl(impl, ranks.device, n_streams)})" if RESIDUALS[residual].has_maps else ""
+    size = f"{model.num_params()['total']:,} parameters"
+    print(f"{ranks.device.type}, {dtype}, residual {residual}{how}, {size} -> {out_dir}")
     peak_rate = tokens_at_peak(model, ranks)
 
     step_times = []
