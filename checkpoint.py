@@ -582,6 +582,8 @@ class Stop:
     passes on the Ctrl-C that the terminal has sent to all: that is not a second one).
     """
 
+    heard = None  # the number of the first signal
+
     def __init__(self, device="cpu"):
         self.device, self.asked_at = device, None
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -589,7 +591,7 @@ class Stop:
 
     def ask(self, number, frame):
         if self.asked_at is None:
-            self.asked_at = time.monotonic()
+            self.asked_at, Stop.heard = time.monotonic(), number
         elif number == signal.SIGINT and time.monotonic() - self.asked_at > 2:
             raise KeyboardInterrupt
 

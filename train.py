@@ -550,8 +550,16 @@ def main():
         ranks = start(parallel, resolve_device(device), shard_size, rank_timeout, expert_size)
     except ValueError as e:
         fail(str(e))
-    with ranks:
-        train(settings, train_data, val_data, ranks)
+    try:
+        with ranks:
+            train(settings, train_data, val_data, ranks)
+    except Exception as e:
+        if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        if checkpoint.Stop.heard:  # the terminal's Ctrl-C goes to the C++ compiler too
+            raise program.Stopped(checkpoint.Stop.heard) from None
+        sys.exit(f"error: compile=True: torch could not compile the sublayers: {str(e).splitlines()[0]}; leave it "
+                 "False, or find out more with TORCHDYNAMO_VERBOSE=1 and a small model")  # fmt: skip
 
 
 def train(settings, train_data, val_data, ranks):

@@ -1,5 +1,7 @@
 """tools/bench.py: timings in turn, the spread, and what the command line refuses. No timing is judged here."""
 
+import os
+import subprocess
 import sys
 
 import pytest
@@ -45,3 +47,17 @@ def test_mistakes_end_with_one_line_and_code_2(args, message, monkeypatch, capsy
         bench.main()
     said = capsys.readouterr().err
     assert e.value.code == 2 and message in said and said.count("\n") == 1
+
+
+def test_busy_neighbours_are_there_for_half_of_the_processes_and_then_gone(monkeypatch, capsys):
+    started, beside = [], []
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args: started.append(popen(*args)) or started[-1])
+    alive = lambda: sum(p.poll() is None for p in started)  # noqa: E731
+    monkeypatch.setattr(
+        bench, "timed_step", lambda policy: beside.append((alive(), policy)) or (2.0 if policy else 4.0)
+    )
+    bench.neighbour()
+    n = os.cpu_count()
+    assert beside == [(0, None), (0, "PASSIVE"), (n, None), (n, "PASSIVE")] * 5 and alive() == 0
+    assert f"{n} busy neighbours: unset      4.0 ms, PASSIVE      2.0 ms, their ratio 0.500" in capsys.readouterr().out

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
+import mhc
 from checkpoint import CheckpointError
 from model import GPT, GPTConfig
 from tests.ranks import run_ranks
@@ -210,6 +211,32 @@ def test_load_model_and_export(tmp_path, capsys):
         assert json.loads(f.metadata()["settings"]) == TINY and f.metadata()["step"] == "4"
     checkpoint.main([str(tmp_path)])
     assert "step-00000004: whole" in capsys.readouterr().out
+
+
+def test_a_model_trained_with_an_impl_that_cannot_run_here_is_loaded_all_the_same(tmp_path, monkeypatch, capsys):
+    """A checkpoint from a GPU on a CPU: the weights are the same, and a line says what takes the kernels' place."""
+    net, optimizer = make(1, impl="auto")
+    checkpoint.save(str(tmp_path), 4, net, optimizer, {}, TINY | {"impl": "triton"})
+    monkeypatch.setattr(mhc, "INTERPRETED", False)
+    model, settings = checkpoint.load_model(str(tmp_path))
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "trained with impl='triton', here 'auto' takes its place" in said
+    idx = torch.arange(16).view(1, 16)
+    assert torch.equal(model(idx)[0], net.eval()(idx)[0]) and settings["impl"] == "triton"
+
+
+def test_an_export_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    folder = save(tmp_path, 4)
+
+    def interrupted(tensors, file, **more):
+        open(file, "w").close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "save_file", interrupted)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.export(folder, str(tmp_path / "out/all.safetensors"))
+    assert os.listdir(tmp_path / "out") == []
 
 
 def test_another_model_is_refused(tmp_path):

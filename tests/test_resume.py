@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -264,3 +265,18 @@ def test_a_checkpoint_says_where_it_comes_from(root):
     assert origin["data"]["train"] != origin["data"]["val"] and "--max_steps=20" in " ".join(origin["command"])
     model, settings = checkpoint.load_model(str(root / "straight"))
     assert torch.isfinite(model(torch.arange(16).view(1, 16))[0]).all() and settings["n_layer"] == 2
+
+
+def test_another_commit_is_told_at_a_resume(root):
+    shutil.copytree(root / "straight", root / "later")
+
+    def later(train):
+        inner = train.provenance
+        train.provenance = lambda *args: inner(*args) | {"commit": "a-later-one"}
+
+    codes, output = start(root, "later", hook=later)
+    assert codes == [0] and "nothing to do" in output
+    told = [line for line in output.splitlines() if line.startswith("  commit: ")]
+    assert len(told) == 1 and told[0].endswith(" -> 'a-later-one'")
+    codes, output = start(root, "straight")
+    assert codes == [0] and "  commit: " not in output

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
 import mhc
+import program
 import train
 from names import ELSEWHERE
 from parallel import start
+from tests.ranks import train_in_fork
 from tokenizer import load_tokenizer
 
 TINY = (
@@ -39,15 +43,13 @@ def runs(tmp_path_factory):
     (root / "more.txt").write_text("\n".join(f"{i} plus {j} is {i + j}." for i in range(60) for j in range(40)))
     call("prepare_data.py", f"--dataset={root}", "--tokenizer=bytes", f"--data_dir={root}/data", "--val_fraction=0.5")
     for residual in ("baseline", "hc", "mhc"):
-        call(
-            "train.py",
-            *TINY,
-            f"--data_dir={root}/data",
-            f"--out_dir={root}/{residual}",
-            f"--residual={residual}",
-            "--max_steps=6",
-            "--eval_interval=3",
-        )
+        flags = [*TINY, f"--data_dir={root}/data", f"--out_dir={root}/{residual}", f"--residual={residual}"]
+        flags += ["--max_steps=6", "--eval_interval=3"]
+        if residual == "hc":
+            call("train.py", *flags)  # as a user would
+            continue
+        codes, output = train_in_fork(flags, str(root / f"{residual}.log"))
+        assert codes == [0], output
     return root
 
 
@@ -129,22 +131,41 @@ MISTAKES = [  # flags; exit code; words
 ]  # fmt: skip
 
 
+def start_here(monkeypatch, *flags):
+    """train.main() with these flags, in this process."""
+    for name, value in vars(train).copy().items():
+        if type(value) in (bool, int, float, str):
+            monkeypatch.setattr(train, name, value)  # put back afterwards
+    monkeypatch.setattr(sys, "argv", ["train.py", *TINY, *flags])
+    train.main()
+
+
 @pytest.mark.parametrize("flags,code,words", MISTAKES)
 def test_impossible_runs_end_in_one_line(runs, flags, code, words, monkeypatch, capsys):
     """In this process, where nothing has to be imported again."""
     monkeypatch.setattr(mhc, "INTERPRETED", False)
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    for name, value in vars(train).copy().items():
-        if type(value) in (bool, int, float, str):
-            monkeypatch.setattr(train, name, value)  # put back afterwards
-    argv = ["train.py", *TINY, f"--data_dir={runs}/data", f"--out_dir={runs}/never", *flags]
-    monkeypatch.setattr(sys, "argv", argv)
     with pytest.raises(SystemExit) as e:
-        train.main()
+        start_here(monkeypatch, f"--data_dir={runs}/data", f"--out_dir={runs}/never", *flags)
     said = capsys.readouterr().err
     assert e.value.code == code and words in said and said.count("\n") == 1 and said.startswith("error: ")
     assert not (runs / "never").exists()
+
+
+def test_a_compiler_that_fails_is_one_line(runs, monkeypatch, capsys):
+    from torch._inductor.exc import CppCompileError
+
+    def fails(*args):
+        raise CppCompileError(["g++", "-O3"], "a thousand lines\nof warnings\n" * 500)
+
+    monkeypatch.setattr(train, "train", fails)
+    with pytest.raises(SystemExit, match="^error: compile=True: torch could not compile the sublayers: .*") as e:
+        start_here(monkeypatch, f"--data_dir={runs}/data", "--compile=False")
+    assert "\n" not in str(e.value) and "CppCompileError" in repr(e.value.__context__)
+    monkeypatch.setattr(checkpoint.Stop, "heard", signal.SIGINT)  # which has stopped the compiler
+    with pytest.raises(program.Stopped, match="stopped by Ctrl-C"):
+        start_here(monkeypatch, f"--data_dir={runs}/data")
 
 
 def test_every_other_name_stands_for_a_setting_or_says_why_not():
@@ -155,7 +176,7 @@ def test_every_other_name_stands_for_a_setting_or_says_why_not():
 
 
 def test_a_slow_step_gets_a_line(capsys):
-    state, step = {"skipped": 0, "skipped_in_a_row": 0}, dict(loss=1.0, norm=1.0, load=None, peak_rate=None)
+    state, step = {"skipped": 0, "skipped_in_a_row": 0}, dict(loss=1.0, norm=1.0, load={}, peak_rate=None)
     for times, slow in (([1.0, 1.0, 11.0], True), ([1.0, 1.0, 9.0], False), ([11.0], False)):
         train.report_step(3, step_times=times, records=SimpleNamespace(write=dict), state=state, **step)
         assert ("slow: step 3 took 11.0 s, 11 times the median" in capsys.readouterr().out) == slow
@@ -164,9 +185,8 @@ def test_a_slow_step_gets_a_line(capsys):
 def test_mfu_is_the_share_of_the_rate_at_the_peak(capsys, monkeypatch):
     monkeypatch.setattr(train, "batch_size", 10)
     monkeypatch.setattr(train, "seq_len", 100)
-    train.report_step(
-        1, 1.0, 1.0, None, [0.5], 8000.0, SimpleNamespace(write=dict), {"skipped": 0, "skipped_in_a_row": 0}
-    )
+    state = {"skipped": 0, "skipped_in_a_row": 0}
+    train.report_step(1, 1.0, 1.0, {}, [0.5], 8000.0, SimpleNamespace(write=dict), state)
     assert "2,000 tokens/s  mfu 25.0%" in capsys.readouterr().out
 
 

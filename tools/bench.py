@@ -6,6 +6,8 @@
     python tools/bench.py memory                           # recomputation: bytes saved, and the peak, by block length
     python tools/bench.py eval                             # 4-choice scoring with and without shared prefixes
     python tools/bench.py generate                         # one more token after 512: with the latent cache and without
+    python tools/bench.py step                             # one training step of the demo's model, here and now
+    python tools/bench.py neighbour                        # the same beside busy programs, by OMP_WAIT_POLICY
     python tools/bench.py kernels                          # what compilers make of the Triton kernels; nothing is run
     python tools/bench.py traffic                          # bytes the Triton kernels ask for, by its interpreter
     python tools/bench.py gpu                              # times of the Triton kernels; needs a GPU
@@ -23,8 +25,11 @@ import program
 if __name__ == "__main__":
     program.begin()  # before torch, and before anything that takes long to import
 
+import os
 import re
+import runpy
 import statistics
+import subprocess
 import time
 
 import torch
@@ -390,6 +395,65 @@ def memory():
         print(f"  smallest measured peak: L_r = {min(peaks, key=peaks.get)}")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# bench.py step, bench.py neighbour: what the waiting of OpenMP's threads costs (see program.py)
+
+
+def step():
+    """One training step of the demo's model with mHC: forward, backward, AdamW."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    s = runpy.run_path(str(Path(__file__).resolve().parent.parent / "config/demo.py"))
+    config = GPTConfig(**{k: v for k, v in s.items() if k in GPTConfig.__dataclass_fields__} | {"vocab_size": 2048})
+    model = GPT(config)
+    model.init_weights(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    idx = torch.randint(2048, (s["micro_batch_size"], s["seq_len"]), generator=torch.Generator().manual_seed(seed))
+
+    def one():
+        model.zero_grad()
+        model(idx, idx)[1].backward()
+        optimizer.step()
+
+    seconds = time_in_turn({"step": one}, rounds)["step"]
+    print(f"{torch.get_num_threads()} threads, OMP_WAIT_POLICY={os.environ.get('OMP_WAIT_POLICY')}: median of {rounds} "
+          f"steps {1e3 * statistics.median(seconds):.1f} ms ± {1e3 * spread(seconds):.1f}")  # fmt: skip
+
+
+BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    pass"  # a neighbour ends with its parent
+STEP = "import sys; sys.argv = ['bench.py']; from tools import bench; bench.rounds = {}; bench.step()"
+
+
+def timed_step(policy):
+    """Median ms of `step` in a process of its own, which alone can choose how its threads wait. policy None: unset."""
+    env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | (
+        {"OMP_WAIT_POLICY": policy} if policy else {}
+    )
+    command, root = [sys.executable, "-c", STEP.format(rounds)], Path(__file__).resolve().parent.parent
+    said = subprocess.run(command, env=env, cwd=root, check=True, capture_output=True, text=True).stdout
+    return float(re.search(r"steps ([0-9.]+) ms", said)[1])
+
+
+def neighbour():
+    """What busy programs on all cores cost a training step, by OMP_WAIT_POLICY: unset, and PASSIVE (our default)."""
+    cores, found = os.cpu_count(), {}
+    print(f"median of 5 processes, each the median of {rounds} steps (bench.py step); {cores} cores; processes in turn")
+    for _ in range(5):
+        for busy in (0, cores):
+            neighbours = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(busy)]
+            try:
+                for policy in (None, "PASSIVE"):
+                    found.setdefault((busy, policy), []).append(timed_step(policy))
+            finally:
+                for process in neighbours:
+                    process.kill()
+                    process.wait()
+    for busy in (0, cores):
+        unset, passive = (found[busy, policy] for policy in (None, "PASSIVE"))
+        ratios = [p / u for p, u in zip(passive, unset, strict=True)]
+        ms = f"unset {statistics.median(unset):8.1f} ms, PASSIVE {statistics.median(passive):8.1f} ms"
+        print(f"  {busy} busy neighbours: {ms}, their ratio {statistics.median(ratios):.3f} ± {spread(ratios):.3f}")
+
+
 def kernels():
     """What the compilers make of the Triton kernels, for three NVIDIA chips and one of AMD."""
     kernel_report.main("compile")
@@ -410,12 +474,16 @@ def retune():
     kernel_report.main("retune")
 
 
-COMMANDS = {f.__name__: f for f in (cpu, memory, generate, kernels, traffic, gpu, retune)} | {"eval": evaluation}
+COMMANDS = {f.__name__: f for f in (cpu, memory, generate, step, neighbour, kernels, traffic, gpu, retune)} | {
+    "eval": evaluation
+}
 SETTINGS = {  # what each reads; the others read none
     "cpu": ("widths", "tokens", "seq_len", "impls", "rounds", "threads", "profile", "seed"),
     "eval": ("questions", "shot_tokens", "question_tokens", "choice_tokens", "rounds", "threads", "seed"),
     "generate": ("context", "rounds", "threads", "seed"),
     "memory": ("depths", "n_streams", "seed"),
+    "step": ("rounds", "threads", "seed"),
+    "neighbour": ("rounds",),
 }
 
 
