@@ -435,8 +435,8 @@ def load_weights(folder, dtype=None):
 
 def stays_wide(name):
     """Whether a parameter belongs to the mappings, or selects experts: never rounded."""
-    kind = name.rsplit(".", 1)[-1]
-    return kind in ("phi", "theta", "alpha", "b", "e_score_correction_bias") or name.endswith("mlp.gate.weight")
+    maps = "_residual." in name or name.startswith("collapse_head.")
+    return maps or name.endswith(("mlp.gate.weight", "e_score_correction_bias"))
 
 
 def find(path):
@@ -458,9 +458,14 @@ def load_model(path, device="cpu", dtype=None):
     """
     folder = find(path)
     settings = read_json(os.path.join(folder, "state.json"))["settings"]
-    model = GPT(
-        runnable(GPTConfig(**{f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}), device)
-    )
+    try:
+        config = GPTConfig(**{f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings})
+    except ValueError as e:
+        own = (
+            "; if it is your own, give its file too, as in training: mine.py" if str(e).startswith("residual=") else ""
+        )
+        raise CheckpointError(f"{folder} is of a model that cannot be built here: {e}{own}") from None
+    model = GPT(runnable(config, device))
     weights = load_weights(folder, dtype)
     check_fit(folder, {k: t.shape for k, t in weights.items()}, {k: t.shape for k, t in model.state_dict().items()})
     model.load_state_dict(weights, assign=True)
