@@ -14,6 +14,11 @@ Layout of a run folder (on a file system that all processes see):
     out/run/.tmp-step-...     a save that is going on, or was killed; removed at the next start
     out/run/broken-step-...   set aside at a resume because it did not match its manifest; never removed by us
 
+A checkpoint is whole, broken or unreadable. Whole: all that its manifest names is there and matches; other files in the
+folder are strangers' and are ignored. Broken ones are passed over for the one before; if no whole one is left the run
+stops, and never starts anew because of that. Neither does it for one that cannot be read just now (a permission, an I/O
+error, a disk that is not mounted): what it holds is not known. What may be deleted or overwritten is said in owned.py.
+
 Tensors go through torch.distributed.checkpoint (DCP), each process writing its own shards, and are read back into any
 number of processes: FSDP on 4 -> 2 -> 1, DDP <-> FSDP. Keys are `model.<parameter>` and `optim.<parameter>.exp_avg` ...
 with the model's own global parameter names, so another layout can find them.
@@ -35,15 +40,15 @@ if __name__ == "__main__":
     program.begin()  # before torch, and before anything that takes long to import
 
 import base64
+import binascii
 import contextlib
 import fcntl
 import hashlib
-import itertools
 import json
 import os
 import re
-import shutil
 import signal
+import struct
 import sys
 import time
 import warnings
@@ -52,7 +57,6 @@ from dataclasses import fields, replace
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import (
@@ -62,18 +66,42 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+import owned
+import records
 from mhc import resolve_impl
 from model import GPT, GPTConfig
+from owned import NotOurs, free_name, sync_folder, write_json
+from records import Missing, RecordError, Unreadable, each, integer, names_in, open_file, parse, read_json, string
 
 FORMAT = 1
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 FILE_BYTES = 2 << 30  # of one file: safetensors are serialised in memory, so this bounds a save's extra memory
 
 
+RULES = {int: integer(0, 2**40), float: records.number(), str: string(0, 1000), bool: records.boolean}
+SETTINGS = {f"{f.name}?": RULES[f.type] for f in fields(GPTConfig)}  # of a run, as far as they fix the model
+ORIGIN = {"command?": [string()], "commit?": records.null_or(string()), "data": each(string())}
+CONFIG = {"settings": SETTINGS, **ORIGIN}
+STATE = {
+    "step": integer(0), "best": records.boolean, "world": integer(1), "rng": [each(string())],
+    "state": {"origin?": ORIGIN}, "settings": SETTINGS,
+}  # fmt: skip
+MANIFEST = {
+    "format": records.anything,
+    "files": each({"size": integer(0), "sha256": records.sha256}, records.file_name),
+}
+
+
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, read or used; the message says which, why, and what to do."""
+    """A checkpoint that cannot be written, read or used; the message says which, why, and what to do.
+
+    code: the program's exit code: 2 if nothing was begun, because of what is there."""
 
     on_every_rank = True  # rank 0 alone tells it
+
+    def __init__(self, message, code=1):
+        super().__init__(message)
+        self.code = code
 
 
 # -- processes ------------------------------------------------------------------------------------------------------
@@ -91,17 +119,17 @@ def on_every_rank(work):
     """work() of every process, as a list by rank. If it fails on one, all raise CheckpointError naming it: a process
     that went on alone would wait for the others for ever."""
     try:
-        mine = work(), None
+        mine = work(), None, 0
     except Exception as e:
-        mine = None, reason(e)
+        mine = None, reason(e), exit_code(e)
     everyones = [mine]
     if dist.is_initialized():
         everyones = [None] * world()
         dist.all_gather_object(everyones, mine)
-    for r, (_, failed) in enumerate(everyones):
+    for r, (_, failed, code) in enumerate(everyones):
         if failed:
-            raise CheckpointError(failed + (f" (process {r})" if world() > 1 else ""))
-    return [result for result, _ in everyones]
+            raise CheckpointError(failed + (f" (process {r})" if world() > 1 else ""), code)
+    return [result for result, _, _ in everyones]
 
 
 def on_rank_0(work):
@@ -113,9 +141,14 @@ def reason(error):
     """What an exception says, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror + (f": {error.filename}" if error.filename else "")
-    if isinstance(error, CheckpointError):
+    if isinstance(error, (CheckpointError, NotOurs, RecordError)):
         return str(error)
     return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def exit_code(error):
+    """2 for what is refused as it stands, 1 for what has failed."""
+    return 2 if isinstance(error, (NotOurs, RecordError)) else getattr(error, "code", 1)
 
 
 def dcp_call(function, tensors, **storage):
@@ -132,45 +165,11 @@ def dcp_call(function, tensors, **storage):
 # -- files ----------------------------------------------------------------------------------------------------------
 
 
-def fsync_folder(path):
-    """Make the names in a folder durable, as fsync of a file does its bytes."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-@contextlib.contextmanager
-def whole_file(path):
-    """A text file to write, which gets its name once it is complete and durable; else nothing is left of it."""
-    try:
-        with program.naming(path), open(path + ".tmp", "w") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(path + ".tmp")
-        raise
-
-
-def write_json(path, value):
-    with whole_file(path) as f:
-        json.dump(value, f, indent=1)
-
-
-def read_json(path):
-    with open(path) as f:
-        return json.load(f)
-
-
 def describe(folder, names):
     """{name: {size, sha256}} of these files."""
     found = {}
     for name in names:
-        with open(os.path.join(folder, name), "rb") as f:
+        with owned.naming(path := os.path.join(folder, name)), open_file(path) as f:
             found[name] = {"size": os.fstat(f.fileno()).st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
     return found
 
@@ -183,50 +182,100 @@ def step_of(folder):
     return int(STEP_FOLDER.fullmatch(os.path.basename(os.path.normpath(folder)))[1])
 
 
+def names_of(out_dir):
+    """What is in a run folder; nothing if there is none. Raises CheckpointError if it cannot be read."""
+    try:
+        return names_in(out_dir)
+    except Missing:
+        return []
+    except RecordError as e:
+        raise CheckpointError(str(e), 2) from None
+
+
 def step_folders(out_dir):
     """The checkpoints of a run, oldest first; whether they are whole is not looked at."""
-    names = os.listdir(out_dir) if os.path.isdir(out_dir) else []
-    return [os.path.join(out_dir, n) for n in sorted(names, key=lambda n: (len(n), n)) if STEP_FOLDER.fullmatch(n)]
+    names = [n for n in names_of(out_dir) if STEP_FOLDER.fullmatch(n)]
+    folders = [os.path.join(out_dir, n) for n in sorted(names, key=lambda n: (len(n), n))]
+    return [folder for folder in folders if holds_a_checkpoint(folder)]
 
 
-def free_name(path):
-    """path, or path-2, path-3 ...: the first that is not there."""
-    names = itertools.chain([path], (f"{path}-{k}" for k in itertools.count(2)))
-    return next(name for name in names if not os.path.lexists(name))
+def holds_a_checkpoint(folder):
+    """Whether anything of a checkpoint is in a folder. Raises CheckpointError if that cannot be seen just now."""
+    try:
+        return any(owned.is_name("step", name) for name in names_in(folder))
+    except (Missing, Unreadable) as e:
+        raise unreadable(folder, e) from None
+    except RecordError:
+        return False  # a file of that name
+
+
+def unreadable(folder, error):
+    return CheckpointError(
+        f"{error}; whether {os.path.basename(folder)} is whole is not known, and nothing was changed: make it "
+        "readable, or move it out of the run folder to do without it",
+        2,
+    )
 
 
 def remove_folder(folder):
-    """Rename first, so that a kill in the middle does not leave a step folder that looks damaged."""
-    doomed = os.path.join(os.path.dirname(folder), ".tmp-old-" + os.path.basename(folder))
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.rename(folder, doomed)
-    shutil.rmtree(doomed)
+    """Remove a checkpoint. Rename first, so that a kill in the middle does not leave a step folder that looks damaged;
+    one with a stranger's file in it stays in its place with that file."""
+    if not owned.is_folder(folder):
+        raise NotOurs(f"{folder}: is no folder of ours, so it is not removed; move it away")
+    ours = "step"
+    with contextlib.suppress(RecordError):  # what its manifest names is ours; if it has none, what has our names
+        ours = frozenset(read_json(os.path.join(folder, "manifest.json"), MANIFEST)["files"]) | {"manifest.json"}
+    if not owned.strangers(folder, ours):
+        doomed = os.path.join(os.path.dirname(folder), ".tmp-old-" + os.path.basename(folder))
+        owned.remove(doomed, "step")
+        if not os.path.lexists(doomed):
+            os.rename(folder, doomed)
+            folder = doomed
+    owned.remove(folder, ours, last="manifest.json")
 
 
 def problem_with(folder, share=0, shares=1):
-    """None if a checkpoint matches its manifest, else what is wrong. Of the files, every shares-th is hashed."""
+    """None if a checkpoint matches its manifest, else what is wrong. Of the files, every shares-th is hashed.
+
+    Raises CheckpointError if it cannot be read just now, or is a copy of another step's: neither is a damage."""
     try:
-        manifest = read_json(os.path.join(folder, "manifest.json"))
+        there = set(names_in(folder))
+        manifest = read_json(os.path.join(folder, "manifest.json"), MANIFEST)
         if manifest["format"] != FORMAT:
             return f"manifest.json is of format {manifest['format']!r}, this program reads {FORMAT}"
-        files = manifest["files"]
-        for name in sorted(set(files) | set(os.listdir(folder)) - {"manifest.json"})[share::shares]:
-            path = os.path.join(folder, name)
-            if name not in files:
-                return f"{name} is not in manifest.json"  # a shard of some other checkpoint would be read as ours
-            if not os.path.exists(path):
+        for name, wanted in sorted(manifest["files"].items())[share::shares]:
+            if name not in there:
                 return f"{name} is missing"
-            if os.path.getsize(path) != files[name]["size"]:
-                return f"{name} has {os.path.getsize(path)} bytes, its manifest says {files[name]['size']}"
-            if describe(folder, [name])[name]["sha256"] != files[name]["sha256"]:
+            found = describe(folder, [name])[name]
+            if found["size"] != wanted["size"]:
+                return f"{name} has {found['size']} bytes, its manifest says {wanted['size']}"
+            if found["sha256"] != wanted["sha256"]:
                 return f"{name} was altered: its sha256 is not the manifest's"
-    except FileNotFoundError as e:
-        return f"{os.path.basename(e.filename)} is missing"
+        if not {"state.json"} <= manifest["files"].keys():
+            return "manifest.json names no state.json"
+        step = read_state(folder)["step"]
+    except Unreadable as e:
+        raise unreadable(folder, e) from None
+    except RecordError as e:  # missing, or not what it should be
+        return str(e).removeprefix(folder + os.sep)
     except OSError as e:
-        return reason(e)
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        return f"manifest.json cannot be read ({type(e).__name__}: {e})"
+        raise unreadable(folder, reason(e)) from None
+    if step != step_of(folder):
+        raise CheckpointError(
+            f"{folder}: holds step {step}: a copy of step-{step:08d} under another step's name is not used; rename it, "
+            "or move it out of the run folder",
+            2,
+        )
     return None
+
+
+def read_state(folder):
+    """state.json of a checkpoint. Raises RecordError."""
+    path = os.path.join(folder, "state.json")
+    record = read_json(path, STATE, nan=True)
+    if len(record["rng"]) != record["world"]:
+        raise RecordError(f"{path}: rng: wanted {record['world']}, one for each process, got {len(record['rng'])}")
+    return record
 
 
 # -- saving ---------------------------------------------------------------------------------------------------------
@@ -258,10 +307,15 @@ def rng_state():
 
 
 def set_rng_state(states):
-    states = {name: torch.tensor(list(base64.b64decode(s)), dtype=torch.uint8) for name, s in states.items()}
-    torch.set_rng_state(states["cpu"])
-    if "cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states["cuda"])
+    try:
+        states = {name: torch.tensor(list(base64.b64decode(s)), dtype=torch.uint8) for name, s in states.items()}
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
+    except (binascii.Error, KeyError, RuntimeError, TypeError) as e:
+        raise CheckpointError(
+            f"state.json: rng: not the state of a generator of torch {torch.__version__} ({e})"
+        ) from None
 
 
 def save(out_dir, step, model, optimizer, state, settings, keep=2, best=False):
@@ -272,12 +326,13 @@ def save(out_dir, step, model, optimizer, state, settings, keep=2, best=False):
     keep: complete checkpoints to retain; at least 2, so that a corrupted one has a fallback. Room is needed for
     keep + 1, and one more for the best: the newest saved with best=True is kept besides.
     Raises CheckpointError on every process if it fails on one (a full disk, say); what was there before is untouched.
+    The folder gets our mark, if it has none and nothing in it is somebody else's.
     """
     if keep < 2:
         raise ValueError(f"keep={keep}: wanted at least 2 checkpoints, in case the newest is damaged")
     folder, tmp = step_folder(out_dir, step), os.path.join(out_dir, f".tmp-step-{step:08d}")
     try:
-        on_rank_0(lambda: (shutil.rmtree(tmp, ignore_errors=True), os.makedirs(tmp)))
+        on_rank_0(lambda: (owned.make(out_dir, "run", looks_like_a_run), owned.remove(tmp, "step"), os.mkdir(tmp)))
         moments = get_optimizer_state_dict(model, optimizer)["state"] if optimizer is not None else {}
         tensors = keyed(get_model_state_dict(model), moments)
         writer = HuggingFaceStorageWriter(tmp, save_distributed=True, fqn_to_index_mapping=file_of_each(tensors))
@@ -298,12 +353,13 @@ def save(out_dir, step, model, optimizer, state, settings, keep=2, best=False):
         files = {name: what for mine, _ in found for name, what in mine.items()}
         on_rank_0(lambda: publish(tmp, folder, record, files))
     except CheckpointError as e:
-        if rank() == 0:
-            shutil.rmtree(tmp, ignore_errors=True)
+        if rank() == 0 and owned.is_folder(tmp):
+            owned.remove(tmp, "step")
         left = [os.path.basename(f) for f in step_folders(out_dir)]
         raise CheckpointError(
             f"step {step} could not be saved in {out_dir}: {e}; earlier checkpoints are untouched: "
-            f"{', '.join(left) or 'there are none'}. Make room and run the same command again to go on from the newest"
+            f"{', '.join(left) or 'there are none'}. Make room and run the same command again to go on from the newest",
+            e.code,
         ) from e
     on_rank_0(lambda: prune(out_dir, keep))
 
@@ -313,31 +369,44 @@ def publish(tmp, folder, record, files):
     write_json(os.path.join(tmp, "state.json"), record)
     files = files | describe(tmp, ["state.json"])
     write_json(os.path.join(tmp, "manifest.json"), {"format": FORMAT, "files": files})
-    fsync_folder(tmp)
-    if os.path.exists(folder):  # this step was saved before: by a run that went on, or it is about to be replaced
+    sync_folder(tmp)
+    if os.path.lexists(folder):  # this step was saved before: by a run that went on, or it is about to be replaced
         remove_folder(folder)
-    os.rename(tmp, folder)
-    fsync_folder(os.path.dirname(folder))
+    if os.path.lexists(folder):  # a stranger's file is in it
+        for name in sorted([*files, "manifest.json"], key=lambda n: n == "manifest.json"):
+            os.rename(os.path.join(tmp, name), os.path.join(folder, name))
+        owned.remove(tmp, "step")
+    else:
+        os.rename(tmp, folder)
+    sync_folder(os.path.dirname(folder))
+    point_to(folder)
+
+
+def point_to(folder):
+    """Set the link `latest`, which is for people; whatever else has that name stays."""
     link = os.path.join(os.path.dirname(folder), "latest")
     try:
-        if os.path.lexists(link + ".tmp"):
-            os.remove(link + ".tmp")
-        os.symlink(os.path.basename(folder), link + ".tmp")
-        os.replace(link + ".tmp", link)
-    except OSError as e:  # some file systems have no links; the checkpoint itself is complete
+        if os.path.lexists(link) and not STEP_FOLDER.fullmatch(os.readlink(link)):
+            return
+        if os.path.lexists(new := os.path.join(os.path.dirname(folder), ".tmp-latest")) and os.readlink(new):
+            os.remove(new)
+        os.symlink(os.path.basename(folder), new)
+        os.replace(new, link)
+    except OSError as e:  # some file systems have no links, or another thing has that name; the checkpoint is complete
         print(f"note: {link} could not be set ({reason(e)})", file=sys.stderr)
 
 
 def is_best(folder):
     try:
-        return read_json(os.path.join(folder, "state.json"))["best"]
-    except (OSError, ValueError, KeyError):
+        return read_state(folder)["best"]
+    except RecordError:
         return False  # damaged since it was written: not worth keeping for being the best
 
 
 def prune(out_dir, keep):
     """Remove all checkpoints but the last `keep` and the best."""
     folders = [f for f in step_folders(out_dir) if os.path.exists(os.path.join(f, "manifest.json"))]
+    folders = [f for f in folders if owned.is_folder(f)]  # one behind a link is somebody's arrangement
     best = [f for f in folders if is_best(f)]
     for folder in folders[:-keep]:
         if folder not in best[-1:]:
@@ -347,41 +416,95 @@ def prune(out_dir, keep):
 # -- finding and loading --------------------------------------------------------------------------------------------
 
 
-def latest_complete(out_dir, found_broken=lambda folder, problem: None):
-    """The newest checkpoint of a run that matches its manifest, or None. Broken ones are named on stderr.
+def usable(out_dir):
+    """-> the newest checkpoint of a run that matches its manifest, or None, and the broken ones that are newer.
 
-    With several processes all call it, each hashes a part of the files, and all get the same answer.
-    """
+    Broken ones are named on stderr. With several processes all call it, each hashes a part of the files, and all get
+    the same answer. Raises CheckpointError if there are checkpoints and none of them can be used."""
+    broken, newest = [], ""
     for folder in reversed(on_rank_0(lambda: step_folders(out_dir))):
         problems = on_every_rank(lambda folder=folder: problem_with(folder, rank(), world()))
         problem = next((p for p in problems if p), None)
         if problem is None:
-            return folder
+            return folder, broken
         if rank() == 0:
             print(f"warning: {folder} is broken and not used: {problem}", file=sys.stderr)
-        found_broken(folder, problem)
-    return None
+        broken.append(folder)
+        newest = newest or f"{os.path.basename(folder)}: {problem}"
+    if broken:
+        raise CheckpointError(
+            f"{out_dir}: none of its {len(broken)} checkpoints can be used ({newest}), and nothing was changed: put "
+            "back a copy of one, or train anew with --init_from=scratch, which moves all of it aside",
+            2,
+        )
+    return None, []
+
+
+def latest_complete(out_dir):
+    """The newest checkpoint of a run that matches its manifest; None if there is none at all. Raises as usable()."""
+    return usable(out_dir)[0]
 
 
 def resume_point(out_dir):
     """What a run goes on from: the newest whole checkpoint, or None. Every process calls it, before the first save.
 
     Clears away the remains of killed saves, and renames broken checkpoints to broken-step-..., so that they do not
-    count among the last ones kept. Takes the lock of the folder: see lock().
+    count among the last ones kept. Takes the lock of the folder: see lock(). Raises CheckpointError if there are
+    checkpoints and none can be used, or if the folder is not ours; then nothing is changed.
     """
 
     def clean():
-        os.makedirs(out_dir, exist_ok=True)
+        owned.make(out_dir, "run", looks_like_a_run)
         lock(out_dir)
-        for name in os.listdir(out_dir):
-            if name.startswith(".tmp-"):
-                shutil.rmtree(os.path.join(out_dir, name))
+        for name in names_of(out_dir):
+            path = os.path.join(out_dir, name)
+            if re.fullmatch(r"\.tmp-(old-)?step-\d{8,}", name) and owned.is_folder(path):
+                owned.remove(path, "step")
 
-    def set_aside(folder, problem):
-        on_rank_0(lambda: os.rename(folder, free_name(os.path.join(out_dir, "broken-" + os.path.basename(folder)))))
+    def set_aside(folder):
+        os.rename(folder, free_name(os.path.join(out_dir, "broken-" + os.path.basename(folder))))
 
     on_rank_0(clean)
-    return latest_complete(out_dir, set_aside)
+    folder, broken = usable(out_dir)
+    before = [n for n in on_rank_0(lambda: names_of(out_dir)) if re.fullmatch(r"broken-step-\d{8,}(-\d+)?", n)]
+    if folder is None and before:
+        raise CheckpointError(
+            f"{out_dir}: has no checkpoint but broken ones ({', '.join(before)}): put back a copy of one, or train "
+            "anew with --init_from=scratch, which moves all of it aside",
+            2,
+        )
+    on_rank_0(lambda: [set_aside(f) for f in broken])
+    return folder
+
+
+def looks_like_a_run(folder):
+    """Whether a folder without our mark is a run's of before there were marks: its config.json, or a checkpoint's
+    manifest, is one of ours."""
+    candidates = [("config.json", CONFIG)]
+    candidates += [(os.path.join(n, "manifest.json"), MANIFEST) for n in names_in(folder) if STEP_FOLDER.fullmatch(n)]
+    for name, kind in candidates:
+        with contextlib.suppress(RecordError):
+            read_json(os.path.join(folder, name), kind)
+            return True
+    return False
+
+
+class ShardReader(HuggingFaceStorageReader):
+    """DCP's reader, which would take every *.safetensors in the folder for a shard, kept to those of the manifest."""
+
+    def __init__(self, folder):
+        super().__init__(folder)
+        files = [n for n in read_json(os.path.join(folder, "manifest.json"), MANIFEST)["files"] if n != "state.json"]
+        self.fs.ls = lambda path: [os.path.join(path, name) for name in files]
+
+
+def stored_tensors(folder):
+    """-> a reader of a checkpoint's shards, and {key: its TensorStorageMetadata}. Raises CheckpointError."""
+    try:
+        reader = ShardReader(folder)
+        return reader, reader.read_metadata().state_dict_metadata
+    except Exception as e:  # whatever the library meets in a header that it has not written
+        raise CheckpointError(f"{folder}: its shards cannot be read: {reason(e)}") from None
 
 
 def load(folder, model, optimizer=None):
@@ -390,9 +513,10 @@ def load(folder, model, optimizer=None):
     The number of processes and the way they share the model may differ from those that saved. RNG states come back if
     the number is the same. The files are taken as they are: resume_point and latest_complete verify them.
     """
-    record = read_json(os.path.join(folder, "state.json"))
-    reader, stored = HuggingFaceStorageReader(folder), {}
-    on_every_rank(lambda: stored.update((k, v.size) for k, v in reader.read_metadata().state_dict_metadata.items()))
+    found = []
+    on_every_rank(lambda: found.extend((read_state(folder), *stored_tensors(folder))))
+    record, reader, metadata = found
+    stored = {k: v.size for k, v in metadata.items()}
     weights, moments = get_model_state_dict(model), {"state": {}}
     if optimizer is None:
         stored = {k: size for k, size in stored.items() if k.startswith("model.")}
@@ -423,12 +547,14 @@ def load_weights(folder, dtype=None):
 
     dtype: cast matrices to it; the mappings (phi, theta, alpha, b) and what selects experts stay as they are.
     """
-    reader = HuggingFaceStorageReader(folder)
-    stored = reader.read_metadata().state_dict_metadata
+    reader, stored = stored_tensors(folder)
     tensors = {k: torch.empty(v.size, dtype=v.properties.dtype) for k, v in stored.items() if k.startswith("model.")}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except CheckpointException as e:
+        raise CheckpointError(f"{folder}: its shards cannot be read: {reason(e)}") from None
     weights = {k[6:]: t for k, t in tensors.items()}
     return {k: t if dtype is None or stays_wide(k) else t.to(dtype) for k, t in weights.items()}
 
@@ -442,9 +568,10 @@ def stays_wide(name):
 def find(path):
     """A run folder or one checkpoint -> the folder of a whole checkpoint. Raises CheckpointError."""
     if STEP_FOLDER.fullmatch(os.path.basename(os.path.realpath(path))):
-        if problem := problem_with(path):
+        folder = os.path.realpath(path)
+        if problem := problem_with(folder):
             raise CheckpointError(f"{path} is broken: {problem}; use another checkpoint, or the run folder")
-        return os.path.realpath(path)
+        return folder
     folder = latest_complete(path)
     if folder is None:
         raise CheckpointError(f"{path}: wanted a run folder with a whole step-... checkpoint in it, or one such folder")
@@ -454,22 +581,46 @@ def find(path):
 def load_model(path, device="cpu", dtype=None):
     """A run folder (its newest whole checkpoint) or one step folder -> the model in eval mode, and the run's settings.
 
-    dtype: for the matrices, e.g. torch.bfloat16; the mappings stay fp32. Raises CheckpointError if there is none whole.
+    dtype: for the matrices, e.g. torch.bfloat16; the mappings stay fp32. The settings are those of the run and, where
+    the checkpoint says it, `tokenizer_sha256` of the corpus it was trained on. Raises CheckpointError if there is no
+    whole checkpoint, if it does not hold what its settings describe, or a weight is not finite.
     """
     folder = find(path)
-    settings = read_json(os.path.join(folder, "state.json"))["settings"]
+    record = read_state(folder)
+    model = model_of(folder, record["settings"], device)
+    weights = load_weights(folder, dtype)
+    if bad := next((k for k, t in weights.items() if t.is_floating_point() and not t.isfinite().all()), None):
+        raise CheckpointError(
+            f"{folder}: {bad} holds what is no number: take a checkpoint from before the run diverged"
+        )
+    model.load_state_dict(weights, assign=True)
+    data = record["state"].get("origin", {"data": {}})["data"]
+    told = {"tokenizer_sha256": data["tokenizer"]} if "tokenizer" in data else {}
+    return model.requires_grad_(False).to(device).eval(), record["settings"] | told
+
+
+def model_of(folder, settings, device):
+    """The model that a checkpoint's settings describe, for this device, without values, once it is known to fit what is
+    stored: a wrong number in them must not ask for a terabyte. Raises CheckpointError."""
+    stored = {k[6:]: tuple(v.size) for k, v in stored_tensors(folder)[1].items() if k.startswith("model.")}
+    layers = 1 + max((int(m[1]) for k in stored if (m := re.match(r"layers\.(\d+)\.", k))), default=-1)
     try:
         config = GPTConfig(**{f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings})
-    except ValueError as e:
+        if config.n_layer != layers:
+            raise ValueError(f"n_layer={config.n_layer}, but its shards have {layers}")
+        config = runnable(config, device)
+        with torch.device("meta"):
+            wanted = {k: tuple(t.shape) for k, t in GPT(config).state_dict().items()}
+    except (ValueError, RuntimeError, OverflowError) as e:  # of torch: sizes whose product no tensor can have
         own = (
             "; if it is your own, give its file too, as in training: mine.py" if str(e).startswith("residual=") else ""
         )
-        raise CheckpointError(f"{folder} is of a model that cannot be built here: {e}{own}") from None
-    model = GPT(runnable(config, device))
-    weights = load_weights(folder, dtype)
-    check_fit(folder, {k: t.shape for k, t in weights.items()}, {k: t.shape for k, t in model.state_dict().items()})
-    model.load_state_dict(weights, assign=True)
-    return model.requires_grad_(False).to(device).eval(), settings
+        why = str(e).splitlines()[0] + own
+        raise CheckpointError(
+            f"{folder} is of a model that cannot be built here: state.json: settings: {why}"
+        ) from None
+    check_fit(folder, stored, wanted)
+    return GPT(config)
 
 
 def runnable(config, device):
@@ -484,20 +635,52 @@ def runnable(config, device):
 
 def export(folder, file, dtype=None):
     """The weights of one checkpoint, whole, in one safetensors file; settings and step are in its header. They must fit
-    in this machine's memory. The file appears when it is complete."""
-    record = read_json(os.path.join(folder, "state.json"))
-    header = {"format": "pt", "step": str(record["step"]), "settings": json.dumps(record["settings"])}
+    in this machine's memory. The file appears when it is complete; a kill leaves nothing. Raises NotOurs for a target
+    that is no file of ours, and CheckpointError."""
+    owned.check_place(file)
+    owned.check_file(file, is_export)
+    record = read_state(folder)
+    about = {"format": "pt", "step": str(record["step"]), "settings": json.dumps(record["settings"]), "made_by": "mhc"}
     try:
-        save_file(load_weights(folder, dtype), file + ".tmp", metadata=header)
-        with open(file + ".tmp", "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(file + ".tmp", file)
-    except BaseException as e:
-        if os.path.exists(file + ".tmp"):
-            os.remove(file + ".tmp")
-        if not isinstance(e, Exception):  # Ctrl-C
-            raise
+        with owned.whole_file(file, is_export, binary=True) as f:
+            write_safetensors(f, load_weights(folder, dtype), about)
+    except OSError as e:
         raise CheckpointError(f"{file} could not be written: {reason(e)}") from None
+
+
+SAFETENSORS = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+               torch.int64: "I64", torch.int32: "I32"}  # fmt: skip
+
+
+def write_safetensors(f, tensors, about):
+    """The format that safetensors.torch.save_file writes, into a file without a name (its own makes one that a kill
+    would leave behind): 8 bytes with the header's length, the header, the tensors. about: {str: str}."""
+    header, at = {"__metadata__": about}, 0
+    names = sorted(
+        tensors, key=lambda k: (-tensors[k].element_size(), k)
+    )  # so that each begins at a multiple of its size
+    for name in names:
+        t = tensors[name]
+        end = at + t.numel() * t.element_size()
+        header[name] = {"dtype": SAFETENSORS[t.dtype], "shape": list(t.shape), "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    f.write(struct.pack("<Q", len(text)) + text)
+    for name in names:
+        f.write(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+
+
+def is_export(file):
+    """Whether a file is one that export() has made: its header says so."""
+    about = {"__metadata__": {"settings": string(), "step": string()}}
+    try:
+        with open_file(file) as f:
+            length = struct.unpack("<Q", f.read(8))[0]
+            parse(f.read(min(length, 64 << 20)), about, file)
+    except (OSError, RecordError, struct.error):
+        return False
+    return True
 
 
 # -- a run: one at a time in a folder, the same one, or anew; stopping it --------------------------------------------
@@ -509,7 +692,9 @@ def lock(out_dir):
     """Refuse to run in a folder where another run is going on: each would remove the other's half-written files."""
     if os.path.realpath(out_dir) in held_locks:
         return
-    f = open(os.path.join(out_dir, ".lock"), "w")
+    path = os.path.join(out_dir, ".lock")
+    owned.check_file(path)
+    f = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -529,26 +714,34 @@ def same_run(out_dir, folder, origin):
     differ from one start to the next: -> {name: (was, is)} of those that do.
     """
     if folder:
-        record = read_json(os.path.join(folder, "state.json"))
-        was = record["settings"] | {"data": record["state"]["origin"]["data"]}
-    elif os.path.exists(path := os.path.join(out_dir, "config.json")):
-        record = read_json(path)
-        was = record["settings"] | {"data": record["data"]}
+        record = read_state(folder)
+        if "origin" not in record["state"]:
+            raise CheckpointError(f"{folder}/state.json: does not say which data it was trained on: not train.py's")
+        then = record["state"]["origin"]
     else:
-        return {}
-    now = origin["settings"] | {"data": origin["data"]}
+        try:
+            then = record = read_json(os.path.join(out_dir, "config.json"), CONFIG)
+        except Missing:
+            return {}
+        except RecordError as e:
+            raise CheckpointError(f"{e}; move it away, or use another out_dir", 2) from None
+    was = record["settings"] | {"data": then["data"]}
+    now = origin["settings"] | {"data": {k: v for k, v in origin["data"].items() if k in then["data"]}}
     fixed = {f.name for f in fields(GPTConfig)} - {"impl"} | {"data", "seed", "batch_size"}
     differ = {k: (was[k], now[k]) for k in now if k in was and was[k] != now[k]}
     for name in sorted(differ.keys() & fixed):
         a, b = differ[name]
         if name == "data":
-            a, b = "other data", f"the data given (its shards' sha256 is {b['train'][:8]}..., not {a['train'][:8]}...)"
+            what = next(k for k in b if a[k] != b[k])
+            a, b = "other data", f"the data given (the sha256 of {what} is {b[what][:8]}..., not {a[what][:8]}...)"
         else:
             a, b = f"{name}={a!r}", f"{name}={b!r}"
         raise CheckpointError(
             f"{out_dir} holds a run with {a}, not with {b}: to go on with it, give it the same {name}; "
             "to start another, use another out_dir, or --init_from=scratch, which moves the old run aside"
         )
+    if then.get("commit") and origin["commit"] and then["commit"] != origin["commit"]:
+        differ["commit"] = then["commit"], origin["commit"]
     return differ
 
 
@@ -556,8 +749,12 @@ def move_aside(out_dir):
     """For --init_from=scratch: rename a run folder to <out_dir>.old (.old-2 ...). -> its new name, None if not there.
 
     Nothing is removed. A worker that torchrun restarts goes on with the run it began instead."""
-    if not os.path.isdir(out_dir) or not os.listdir(out_dir) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
+    if not names_of(out_dir) or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):
         return None
+    if not owned.is_folder(out_dir):
+        raise NotOurs(f"{out_dir}: is a link, and only a folder of ours is moved aside; name the folder itself")
+    if owned.what_is(out_dir) != "run" and not looks_like_a_run(out_dir):
+        raise NotOurs(f"{out_dir}: is not known to be a run of ours, so it is not moved aside; use another out_dir")
     lock(out_dir)
     held_locks.pop(os.path.realpath(out_dir)).close()
     aside = free_name(os.path.normpath(out_dir) + ".old")
@@ -566,18 +763,34 @@ def move_aside(out_dir):
 
 
 def trim_records(path, step, evaluated=True):
-    """Drop from a .jsonl file what will be written again: the records of steps after `step`, the evaluation at `step`
-    unless the checkpoint has it, and a torn last line."""
-    if not os.path.exists(path):
-        return
-    with open(path) as f, whole_file(path) as new:
-        for line in f:
-            try:
-                record = json.loads(line)
-                if record["step"] < step or record["step"] == step and (evaluated or "val_loss" not in record):
-                    new.write(line.rstrip("\n") + "\n")
-            except ValueError:  # the line being written when the run was killed
-                continue
+    """Take out of metrics.jsonl what will be written again: the records of steps after `step`, the evaluation at `step`
+    unless the checkpoint has it, a torn last line. -> the number of lines taken out; they are in metrics-dropped.jsonl,
+    behind those of before."""
+    owned.check_file(path)
+    aside = path.removesuffix(".jsonl") + "-dropped.jsonl"
+    owned.check_file(aside)
+    try:
+        dropped = [line for _, line in records.raw_lines(path) if not stays(line, step, evaluated)]
+    except Missing:
+        return 0
+    if dropped:
+        with owned.naming(aside), open(aside, "ab") as f:
+            f.writelines(line.rstrip(b"\n") + b"\n" for line in dropped)
+            f.flush()
+            os.fsync(f.fileno())
+        with owned.whole_file(path, binary=True) as f:
+            f.writelines(line for _, line in records.raw_lines(path) if stays(line, step, evaluated))
+    return len(dropped)
+
+
+def stays(line, step, evaluated):
+    """Whether a line of metrics.jsonl is a whole record of what was done by `step`."""
+    try:
+        record = parse(line, {"step": integer(0)}, "a record")
+    except RecordError:  # the line being written when the run was killed
+        return False
+    done = record["step"] < step or record["step"] == step and (evaluated or "val_loss" not in record)
+    return done and line.endswith(b"\n")
 
 
 class Stop:
@@ -611,21 +824,38 @@ class Stop:
 # -- command line ---------------------------------------------------------------------------------------------------
 
 
+def verify(path):
+    """Print of each checkpoint of a run (or of the one named) whether it is whole. -> how many are not, of how many."""
+    folders, bad = step_folders(path) or [find(path)], 0
+    for folder in folders:
+        try:
+            problem = problem_with(folder)
+            problem = problem and f"BROKEN: {problem}"
+        except CheckpointError as e:
+            problem = f"NOT USED: {e}"
+        print(f"{folder}: {problem or 'whole'}")
+        bad += problem is not None
+    return bad, len(folders)
+
+
 def main(argv):
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     flags = [a for a in argv if a.startswith("--")]
     paths = [a for a in argv if not a.startswith("--")]
     dtype = dtypes.get(flags[0].removeprefix("--dtype="), "unknown") if flags else None
-    if not 1 <= len(paths) <= 2 or len(flags) > 1 or dtype == "unknown":
-        sys.exit(f"usage: python checkpoint.py RUN_OR_STEP_FOLDER [FILE.safetensors [--dtype={'|'.join(dtypes)}]]")
-    if len(paths) == 2:
-        folder = find(paths[0])
-        export(folder, paths[1], dtype)
-        print(f"{folder} -> {paths[1]} ({os.path.getsize(paths[1]) / 1e6:.1f} MB)")
+    if not 1 <= len(paths) <= 2 or len(flags) > 1 or dtype == "unknown" or flags and len(paths) == 1:
+        owned.refuse(f"usage: python checkpoint.py RUN_OR_STEP_FOLDER [FILE.safetensors [--dtype={'|'.join(dtypes)}]]")
+    if len(paths) == 1:
+        bad, n = verify(paths[0])
+        if bad:
+            sys.exit(f"error: {bad} of {n} checkpoints in {paths[0]} cannot be used")
         return
-    for folder in step_folders(paths[0]) or [find(paths[0])]:
-        problem = problem_with(folder)
-        print(f"{folder}: " + (f"BROKEN: {problem}" if problem else "whole"))
+    file = paths[1]
+    owned.check_place(file)
+    owned.check_file(file, is_export)
+    folder = find(paths[0])
+    export(folder, file, dtype)
+    print(f"{folder} -> {file} ({os.path.getsize(file) / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

@@ -13,20 +13,40 @@ Documents follow one another, each ended by <|endoftext|>. A split is the concat
 tokens [i*seq_len, (i+1)*seq_len] of it, the last one being the target of the last input only, so that sequences share
 no target and leave out none but the tail. Sequences may begin inside a document and run across documents and shards.
 
+What is checked of the tokens: when a corpus is opened, the size, the header, and the sha256 of the first and last
+megabyte of every shard against meta.json's; check_in_background() then reads all of them; and a shard that was written
+to, replaced or cut since it was opened is noticed when it is read next.
+
 Nothing here keeps a state: `order` computes the sequences at any place of the endless shuffled stream from the seed and
 the place alone. A run that resumes needs only its step number, and every process can compute the whole batch and take
 its own rows of it, so the order does not depend on the number of processes.
 """
 
 import hashlib
-import json
 import os
+import threading
+import time
 
 import numpy as np
+
+import records
+from records import Missing, RecordError, each, file_name, integer, open_file, read_json, sha256, string
 
 HEADER_INTS = 256
 HEADER_BYTES = 4 * HEADER_INTS
 FORMATS = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}  # magic -> version, dtype
+
+
+MEGABYTE = 1 << 20
+HASHED_A_SECOND = 200e6  # bytes at most, in the background
+
+FILE = {"name": file_name, "tokens": integer(0, 2**32 - 1), "sha256": sha256, "ends_sha256?": sha256}
+SPLIT = {"tokens": integer(0), "bytes_per_token": records.number(0, 1e6), "files": [FILE]}
+META = {
+    "format?": records.one_of(1), "vocab_size": integer(1, 2**32), "eot": integer(0, 2**32), "splits": each(SPLIT),
+    "tokenizer_file?": file_name, "tokenizer_sha256?": sha256, "tokenizer?": string(), "dataset?": string(),
+    "settings?": each(records.anything),
+}  # fmt: skip
 
 
 class DataError(ValueError):
@@ -53,10 +73,11 @@ def shard_header(n_tokens, dtype):
 
 def read_header(path):
     """Number of tokens and dtype of a shard. Raises DataError unless magic, version and the file's size agree."""
-    size = os.path.getsize(path)
-    if size < HEADER_BYTES:
+    with open_data(path) as f:
+        size, head = os.fstat(f.fileno()).st_size, f.read(HEADER_BYTES)
+    if len(head) < HEADER_BYTES:
         raise DataError(f"{path}: truncated: wanted a header of {HEADER_BYTES} bytes, got {size}; prepare it again")
-    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    header = np.frombuffer(head, dtype="<i4")
     magic, version, n_tokens = int(header[0]), int(header[1]), int(header[2:3].view("<u4")[0])
     if magic not in FORMATS or FORMATS[magic][0] != version:
         wanted = " or ".join(f"{m} version {v} ({d.name})" for m, (v, d) in FORMATS.items())
@@ -71,10 +92,60 @@ def read_header(path):
     return n_tokens, dtype
 
 
+def open_data(path):
+    """A file of a corpus, open for reading. Raises DataError."""
+    try:
+        return open_file(path)
+    except Missing:
+        raise DataError(f"{path}: meta.json names this file, but it is not there; prepare the data again") from None
+    except RecordError as e:
+        raise DataError(str(e)) from None
+
+
 def sha256_file(path):
-    """Hexadecimal sha256 of a file."""
+    """Hexadecimal sha256 of a file. Raises OSError."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def ends_sha256(path):
+    """Hexadecimal sha256 of a file's first and last megabyte, one behind the other."""
+    with open_data(path) as f:
+        ends = f.read(MEGABYTE)
+        f.seek(max(0, os.fstat(f.fileno()).st_size - MEGABYTE))
+        return hashlib.sha256(ends + f.read(MEGABYTE)).hexdigest()
+
+
+class Shard:
+    """The tokens of one shard, read when they are asked for: shard[start:stop].
+
+    Not a memory map: if the file were cut behind its back, a read would end the program by SIGBUS, without a word."""
+
+    def __init__(self, path, n_tokens, dtype):
+        self.path, self.n_tokens, self.dtype = path, n_tokens, dtype
+        with open_data(path) as f:
+            self.stamp = self.stamp_of(f)
+
+    def __len__(self):
+        return self.n_tokens
+
+    @staticmethod
+    def stamp_of(f):
+        found = os.fstat(f.fileno())
+        return found.st_size, found.st_mtime_ns
+
+    def __getitem__(self, tokens):
+        start, stop, _ = tokens.indices(self.n_tokens)
+        wanted = (stop - start) * self.dtype.itemsize
+        with open_data(self.path) as f:
+            try:
+                f.seek(HEADER_BYTES + start * self.dtype.itemsize)
+                found = f.read(wanted)
+            except OSError as e:
+                raise DataError(f"{self.path}: cannot be read ({e.strerror})") from None
+            if self.stamp_of(f) != self.stamp or len(found) != wanted:
+                raise DataError(f"{self.path}: was altered or cut since this program began; prepare the data again")
+        return np.frombuffer(found, self.dtype)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -91,6 +162,7 @@ class Corpus:
     .bytes_per_token UTF-8 bytes of text per token, the separators counted among the tokens (they stand for no bytes):
                      bits per byte = loss in nats / ln 2 / bytes_per_token
     .fingerprint     sha256 over the split's own sha256s: what a checkpoint keeps to know its data again
+    .tokenizer_sha256  of the tokenizer it was made with, or None
     Raises DataError for a folder without a complete corpus, a damaged shard, or a split of less than one sequence.
     """
 
@@ -103,8 +175,9 @@ class Corpus:
             raise DataError(f"seq_len must be at least 1, got {seq_len}")
         info = self.meta["splits"][split]
         self.vocab_size, self.eot, self.files = self.meta["vocab_size"], self.meta["eot"], info["files"]
-        self.bytes_per_token = info["bytes_per_token"]
-        self.shards = [self._open(f["name"], f["tokens"]) for f in self.files]
+        self.bytes_per_token, self.tokenizer_sha256 = info["bytes_per_token"], self.meta.get("tokenizer_sha256")
+        self.altered, self.bytes_checked, self.bytes = None, 0, 0  # of check_in_background
+        self.shards = [self._open(f) for f in self.files]
         self.ends = np.cumsum([0] + [len(s) for s in self.shards])  # shard k holds tokens ends[k] .. ends[k+1]
         self.n_tokens = int(self.ends[-1])
         self.n_sequences = (self.n_tokens - 1) // seq_len  # the last target needs one token more
@@ -116,21 +189,20 @@ class Corpus:
             )
         self.fingerprint = hashlib.sha256("".join(f["sha256"] for f in self.files).encode()).hexdigest()
 
-    def _open(self, name, n_wanted):
-        path = os.path.join(self.data_dir, name)
-        if not os.path.exists(path):
-            raise DataError(f"{path}: meta.json names this shard, but it is not there; prepare the data again")
+    def _open(self, file):
+        path = os.path.join(self.data_dir, file["name"])
         n_tokens, dtype = read_header(path)
-        if n_tokens != n_wanted or dtype != token_dtype(self.vocab_size):
+        if n_tokens != file["tokens"] or dtype != token_dtype(self.vocab_size):
             raise DataError(
-                f"{path}: meta.json says {n_wanted} tokens of {token_dtype(self.vocab_size).name}, "
+                f"{path}: meta.json says {file['tokens']} tokens of {token_dtype(self.vocab_size).name}, "
                 f"its header {n_tokens} of {dtype.name}; prepare the data again"
             )
-        return (
-            np.memmap(path, dtype=dtype, mode="r", offset=HEADER_BYTES, shape=(n_tokens,))
-            if n_tokens
-            else np.empty(0, dtype)
-        )
+        shard = Shard(path, n_tokens, dtype)
+        if "ends_sha256" in file and ends_sha256(path) != file["ends_sha256"]:
+            raise DataError(
+                f"{path}: altered since it was written (its first or last megabyte); prepare the data again"
+            )
+        return shard
 
     def tokens(self, start, stop):
         """Tokens start..stop of the split as an int64 array, across shards."""
@@ -150,6 +222,8 @@ class Corpus:
         """Inputs and targets of these sequences: two int64 torch tensors (len(ids), seq_len)."""
         import torch  # here, because prepare_data.py uses this file's format and does not need torch
 
+        if self.altered:
+            raise self.altered
         T = self.seq_len
         rows = np.empty((len(ids), T + 1), dtype=np.int64)
         for row, i in zip(rows, ids, strict=True):
@@ -166,32 +240,55 @@ class Corpus:
 
     def verify(self):
         """Read every shard and compare its sha256 with meta.json's. Raises DataError naming the altered shard."""
-        for f in self.files:
-            path = os.path.join(self.data_dir, f["name"])
-            got = sha256_file(path)
-            if got != f["sha256"]:
-                raise DataError(
-                    f"{path}: altered since it was written: wanted sha256 {f['sha256']}, got {got}; "
-                    "prepare the data again"
-                )
+        for file, shard in zip(self.files, self.shards, strict=True):
+            self.verify_shard(file, shard)
+
+    def verify_shard(self, file, shard, pause=lambda n_bytes: None):
+        """pause(n): called after each n bytes."""
+        digest = hashlib.sha256()
+        with open_data(shard.path) as f:
+            try:
+                while chunk := f.read(8 * MEGABYTE):
+                    digest.update(chunk)
+                    pause(len(chunk))
+            except OSError as e:
+                raise DataError(f"{shard.path}: cannot be read ({e.strerror})") from None
+        if (got := digest.hexdigest()) != file["sha256"]:
+            raise DataError(
+                f"{shard.path}: altered since it was written: wanted sha256 {file['sha256']}, got {got}; "
+                "prepare the data again"
+            )
+
+    def check_in_background(self):
+        """verify() in a thread, at HASHED_A_SECOND at most; the next call of sequences() raises what it finds."""
+
+        def pause(n_bytes):
+            self.bytes_checked += n_bytes
+            time.sleep(n_bytes / HASHED_A_SECOND)
+
+        def work():
+            try:
+                for file, shard in zip(self.files, self.shards, strict=True):
+                    self.verify_shard(file, shard, pause)
+            except DataError as e:
+                self.altered = e
+
+        self.bytes = sum(shard.stamp[0] for shard in self.shards)
+        threading.Thread(target=work, daemon=True).start()
 
 
 def read_meta(data_dir):
     """meta.json of a prepared corpus. Raises DataError with the command to run if there is none."""
     path = os.path.join(data_dir, "meta.json")
     try:
-        with open(path, encoding="utf-8") as f:
-            meta = json.load(f)
-    except FileNotFoundError:
+        return read_json(path, META)
+    except Missing:
         raise DataError(
             f"{data_dir}: no prepared corpus here (no meta.json); make one with "
             f"`python prepare_data.py --data_dir={data_dir} --dataset=... --tokenizer=...`"
         ) from None
-    except ValueError as e:  # no JSON, or not even UTF-8
-        raise DataError(f"{path}: not JSON ({e}); prepare the data again") from None
-    if not isinstance(meta, dict):
-        raise DataError(f"{path}: wanted a JSON object, got {type(meta).__name__}; prepare the data again")
-    return meta
+    except RecordError as e:
+        raise DataError(f"{e}; prepare the data again") from None
 
 
 # ----------------------------------------------------------------------------------------------------------------------

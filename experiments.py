@@ -36,8 +36,8 @@ import numpy as np
 import torch
 
 import train
-from checkpoint import whole_file, write_json
 from configurator import at_least, configure, fail, read_file
+from owned import whole_file, write_json
 
 jobs = 1  # cells at a time, a thread each
 quick = False  # 10 steps and 2 seeds a cell, into out/experiments/quick: to see that it runs

@@ -89,7 +89,7 @@ def number(low=-math.inf, high=math.inf):
     return Rule(lambda v: finite(v) and low <= v <= high, "a number" + bounds)
 
 
-def text(least=0, most=LINE_LIMIT):
+def string(least=0, most=LINE_LIMIT):
     """A string that UTF-8 can write: JSON can spell half of a surrogate pair, and no terminal can print it."""
     return Rule(
         lambda v: isinstance(v, str) and least <= len(v) <= most and is_utf8(v), "a string" + " with text" * (least > 0)
@@ -187,10 +187,13 @@ def no_constant(name):
     raise ValueError(f"{name} is not JSON")
 
 
-def parse(data, kind, where):
-    """Bytes of JSON -> the value, if it is of this kind. Raises RecordError that begins with `where`."""
+def parse(data, kind, where, nan=False):
+    """Bytes of JSON -> the value, if it is of this kind. Raises RecordError that begins with `where`.
+
+    nan: take NaN, which is not JSON, for null; older versions of some files have it."""
     try:
-        value = json.loads(data.decode(), parse_float=finite, parse_constant=no_constant)
+        constant = (lambda name: None) if nan else no_constant
+        value = json.loads(data.decode(), parse_float=finite, parse_constant=constant)
     except UnicodeDecodeError as e:
         raise RecordError(f"{where}: not UTF-8 (byte {e.start})") from None
     except RecursionError:
@@ -218,6 +221,8 @@ def open_file(path):
             raise RecordError(f"{path}: wanted a file, got {kind_of_file(mode)}")
         return open(path, "rb")
     except FileNotFoundError:
+        if os.path.islink(path):  # to a disk that is not mounted, for one
+            raise Unreadable(f"{path}: is a link to {os.readlink(path)}, which is not there") from None
         raise Missing(f"{path}: is not there") from None
     except OSError as e:
         raise Unreadable(f"{path}: cannot be read ({e.strerror or e})") from None
@@ -238,15 +243,13 @@ def read_bytes(path, limit=FILE_LIMIT):
             raise Unreadable(f"{path}: cannot be read ({e.strerror or e})") from None
 
 
-def read_json(path, kind=anything, limit=FILE_LIMIT):
+def read_json(path, kind=anything, limit=FILE_LIMIT, nan=False):
     """The value in a JSON file, if it is of this kind. Raises RecordError, be it Missing or Unreadable."""
-    return parse(read_bytes(path, limit), kind, path)
+    return parse(read_bytes(path, limit), kind, path, nan)
 
 
-def read_lines(path, kind=anything, limit=LINE_LIMIT, going_on=False):
-    """Yield the value of each line of a .jsonl file that is not blank. Raises as read_json, with the line.
-
-    going_on: somebody may be writing the file: a last line without its end is left out."""
+def raw_lines(path, limit=LINE_LIMIT):
+    """Yield (number, bytes) of each line of a file, its end included; none may have more than `limit` bytes."""
     with open_file(path) as f:
         number = 0
         while True:
@@ -255,12 +258,20 @@ def read_lines(path, kind=anything, limit=LINE_LIMIT, going_on=False):
             except OSError as e:
                 raise Unreadable(f"{path}: cannot be read ({e.strerror or e})") from None
             number += 1
-            if not line or going_on and len(line) <= limit and not line.endswith(b"\n"):
-                return
             if len(line) > limit:
                 raise RecordError(f"{path}:{number}: too large: wanted at most {limit} bytes in a line")
-            if line.strip():
-                yield parse(line, kind, f"{path}:{number}")
+            if not line:
+                return
+            yield number, line
+
+
+def read_lines(path, kind=anything, limit=LINE_LIMIT, going_on=False):
+    """Yield the value of each line of a .jsonl file that is not blank. Raises as read_json, with the line.
+
+    going_on: somebody may be writing the file: a last line without its end is left out."""
+    for number, line in raw_lines(path, limit):
+        if line.strip() and not (going_on and not line.endswith(b"\n")):
+            yield parse(line, kind, f"{path}:{number}")
 
 
 def names_in(folder):
@@ -268,6 +279,8 @@ def names_in(folder):
     try:
         return sorted(os.listdir(folder))
     except FileNotFoundError:
+        if os.path.islink(folder):
+            raise Unreadable(f"{folder}: is a link to {os.readlink(folder)}, which is not there") from None
         raise Missing(f"{folder}: is not there") from None
     except NotADirectoryError:
         raise RecordError(f"{folder}: wanted a folder, got a file") from None

@@ -26,9 +26,11 @@ import tiktoken.load
 from tiktoken_ext.openai_public import r50k_pat_str
 from tqdm import tqdm
 
+import owned
 from configurator import fail
-from data import DataError, read_meta, sha256_file
+from data import DataError, open_data, read_meta
 from download import DownloadError, read_url
+from records import RecordError, each, integer, read_json, string
 
 ENDOFTEXT = "<|endoftext|>"
 
@@ -272,43 +274,69 @@ def save_tokenizer(enc, path):
         "special_tokens": enc._special_tokens,
         "ranks": [[base64.b64encode(token).decode(), rank] for token, rank in ranks],
     }
-    with open(path, "w", encoding="utf-8") as f:
+    with owned.whole_file(path) as f:
         json.dump(spec, f)
-        f.flush()
-        os.fsync(f.fileno())
 
 
 def load_tokenizer(data_dir):
     """The tiktoken.Encoding a prepared corpus was made with. Raises DataError if it is missing or altered."""
     meta = read_meta(data_dir)
+    if not {"tokenizer_file", "tokenizer_sha256"} <= meta.keys():
+        raise DataError(f"{data_dir}: meta.json names no tokenizer; prepare the data again")
     path = os.path.join(data_dir, meta["tokenizer_file"])
-    if not os.path.exists(path):
-        raise DataError(f"{path}: meta.json names this tokenizer, but it is not there; prepare the data again")
-    if (got := sha256_file(path)) != meta["tokenizer_sha256"]:
+    with open_data(path) as f:
+        got = hashlib.file_digest(f, "sha256").hexdigest()
+    if got != meta["tokenizer_sha256"]:
         raise DataError(f"{path}: altered: wanted sha256 {meta['tokenizer_sha256']}, got {got}; prepare the data again")
     return read_tokenizer(path)
 
 
+TOKEN_ID = integer(0, 2**24)
+TOKENIZER = {"name": string(1, 200), "pat_str": string(1, 20_000), "special_tokens": each(TOKEN_ID),
+             "ranks": [(string(), TOKEN_ID)]}  # fmt: skip
+
+
 def read_tokenizer(path):
-    """A tokenizer written by save_tokenizer."""
-    with open(path, encoding="utf-8") as f:
-        spec = json.load(f)
-    return tiktoken.Encoding(
-        spec["name"],
-        pat_str=spec["pat_str"],
-        special_tokens=spec["special_tokens"],
-        mergeable_ranks={base64.b64decode(token): rank for token, rank in spec["ranks"]},
-    )
+    """A tokenizer written by save_tokenizer. Raises DataError for a file that is none."""
+    try:
+        spec = read_json(path, TOKENIZER)
+        ranks = {base64.b64decode(token, validate=True): rank for token, rank in spec["ranks"]}
+        check_tokens(ranks, spec)
+        return tiktoken.Encoding(
+            spec["name"], pat_str=spec["pat_str"], special_tokens=spec["special_tokens"], mergeable_ranks=ranks
+        )
+    except RecordError as e:
+        raise DataError(f"{e}; prepare the data again") from None
+    except ValueError as e:  # no base64, no regular expression
+        raise DataError(f"{path}: cannot be a tokenizer ({' '.join(str(e).split())}); prepare the data again") from None
+
+
+def check_tokens(ranks, spec):
+    """Raise ValueError for what tiktoken would take and stumble over later."""
+    ids = [*ranks.values(), *spec["special_tokens"].values()]
+    if len(ranks) != len(spec["ranks"]) or len(set(ids)) != len(ids):
+        raise ValueError("ranks: a token or a number comes twice")
+    if lacking := next((b for b in range(256) if bytes([b]) not in ranks), None):
+        raise ValueError(f"ranks: byte {lacking} has no token, so not every text could be encoded")
+    if ENDOFTEXT not in spec["special_tokens"]:
+        raise ValueError(f"special_tokens: no {ENDOFTEXT}")
+    regex.compile(spec["pat_str"])
 
 
 def open_encoding(s, settings, config):
-    """The checkpoint's tokenizer. Ends the program if there is none, or one with more tokens than the model has."""
-    folder, trained_on = s["data_dir"] or settings["data_dir"], settings["data_dir"]
+    """The checkpoint's tokenizer. Ends the program if there is none, or another than the model was trained with.
+
+    s: the program's own settings. settings: load_model()'s, in which newer checkpoints say the tokenizer's sha256."""
+    folder, trained_on = s["data_dir"] or settings.get("data_dir"), settings.get("data_dir")
+    if not isinstance(folder, str):
+        fail("the checkpoint does not say which corpus it was trained on: name it, by --data_dir=")
+    wanted = settings.get("tokenizer_sha256")
     try:
         encoding = load_tokenizer(folder)
-        if s["data_dir"] and os.path.isdir(trained_on):
-            if read_meta(folder)["tokenizer_sha256"] != read_meta(trained_on)["tokenizer_sha256"]:
-                fail(f"{folder}: its tokenizer is not that of {trained_on}, which the checkpoint was trained on")
+        if not wanted and s["data_dir"] and isinstance(trained_on, str) and os.path.isdir(trained_on):
+            wanted = read_meta(trained_on).get("tokenizer_sha256")
+        if wanted and read_meta(folder)["tokenizer_sha256"] != wanted:
+            fail(f"{folder}: its tokenizer is not the one that the checkpoint was trained with, from {trained_on}")
     except DataError as e:
         fail(f"{e}; --data_dir= names another corpus made with the checkpoint's tokenizer")
     if encoding.n_vocab > config.vocab_size:

@@ -34,6 +34,7 @@ import torch
 
 import checkpoint
 import expert_parallel
+import owned
 import plan
 import recompute as recomputation
 from configurator import above, at_least, between, configure, fail, one_of, some
@@ -43,6 +44,8 @@ from mhc import STREAMS, resolve_impl
 from model import GPT, RESIDUALS, GPTConfig
 from names import ELSEWHERE
 from parallel import PARALLEL, by_mesh, check_batch, check_layout, only_rank_0_prints, resolve_device, start
+from records import check as check_record
+from records import integer, null_or, number
 
 # -- the run --------------------------------------------------------------------------------------------------------
 out_dir = "out/run"
@@ -147,6 +150,10 @@ RULES = {  # of the model's settings: GPTConfig's
     "plan_mfu": between(0.001, 1),
     "log": one_of("none", "tensorboard", "wandb"),
 }
+STATE = {  # what checkpoints carry beside the tensors
+    "evaluated": null_or(integer(0)), "val_loss": null_or(number()), "best_loss": null_or(number()),
+    "skipped": integer(0), "skipped_in_a_row": integer(0),
+}  # fmt: skip
 SKIPPED_IN_A_ROW = 10  # non-finite steps that end a run
 SLOW = 10  # times the median: a step that gets a line of its own
 
@@ -325,10 +332,8 @@ def look_at_maps(model, corpus, ranks):
         seen = model.look(idx, lambda residual, x: (residual.maps(x)[2], stream_spread(x)))
     H_res, spreads = [H for H, _ in seen], [spread for _, spread in seen]
     if ranks.is_main:
-        path = os.path.join(out_dir, "maps.npz")
-        with program.naming(path):
-            np.savez(path + ".tmp.npz", **heat_maps(H_res))
-        os.replace(path + ".tmp.npz", path)
+        with owned.whole_file(os.path.join(out_dir, "maps.npz"), binary=True) as f:
+            np.savez(f, **heat_maps(H_res))
     return gains(H_res), alarms(RESIDUALS[residual], res_gradients(model.residuals()), spreads, H_res)
 
 
@@ -357,7 +362,9 @@ class Log:
         self.file, self.others = None, []
         if not is_main:
             return
-        self.file = open(os.path.join(out_dir, "metrics.jsonl"), "a")
+        self.path = os.path.join(out_dir, "metrics.jsonl")
+        owned.check_file(self.path)
+        self.file = open(self.path, "ab", buffering=0)
         if log == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
@@ -372,15 +379,15 @@ class Log:
     def sync(self):
         """Durable, so that no checkpoint is ahead of its records."""
         if self.file:
-            with program.naming(self.file.name):
+            with program.naming(self.path):
                 os.fsync(self.file.fileno())
 
     def write(self, record):
         if not self.file:
             return
-        with program.naming(self.file.name):
-            self.file.write(json.dumps({name: null_for_nan(value) for name, value in record.items()}) + "\n")
-            self.file.flush()
+        line = json.dumps({name: null_for_nan(value) for name, value in record.items()}, allow_nan=False) + "\n"
+        with program.naming(self.path):
+            owned.append(self.file, line.encode())
         for send in self.others:
             for name, value in record.items():
                 if name != "step" and isinstance(value, (int, float)):
@@ -396,6 +403,7 @@ def provenance(settings, train_data, val_data):
     except OSError:  # no git on this machine
         commit = None
     data = {"train": train_data.fingerprint, "val": val_data.fingerprint}
+    data |= {"tokenizer": train_data.tokenizer_sha256} if train_data.tokenizer_sha256 else {}
     return {"settings": settings, "command": [sys.executable, *sys.argv], "commit": commit, "data": data}
 
 
@@ -403,6 +411,7 @@ def start_profiler(is_main):
     """With profile=True, a profiler that waits five steps and then traces ten into out_dir/trace.json."""
     if not (profile and is_main):
         return nullcontext()
+    owned.check_file(os.path.join(out_dir, "trace.json"))
     return torch.profiler.profile(
         schedule=torch.profiler.schedule(wait=5, warmup=0, active=10, repeat=1),
         on_trace_ready=lambda p: p.export_chrome_trace(os.path.join(out_dir, "trace.json")),
@@ -449,18 +458,19 @@ def resume_folder():
 def begin(folder, model, optimizer, changed, origin):
     """Load the checkpoint in `folder`, if there is one. -> steps done, and what checkpoints carry beside the tensors.
 
-    changed: settings that differ from its own; another commit is told with them. origin: provenance() of this start; it
+    changed: settings that differ from its own, and the commit if that does. origin: provenance() of this start; it
     is left in config.json, and with every checkpoint."""
     step, state = 0, {"evaluated": None, "val_loss": None, "best_loss": None, "skipped": 0, "skipped_in_a_row": 0}
     if folder:
         step, state = checkpoint.step_of(folder), state | checkpoint.load(folder, model, optimizer)
-        was, now = state["origin"].get("commit"), origin["commit"]
-        changed = changed | ({"commit": (was, now)} if was != now else {})
+        checkpoint.on_every_rank(lambda: check_record(state, STATE, f"{folder}/state.json", "state"))
         print(f"going on from {folder}" + "".join(f"\n  {k}: {a!r} -> {b!r}" for k, (a, b) in changed.items()))
     metrics, config = (os.path.join(out_dir, name) for name in ("metrics.jsonl", "config.json"))
     evaluated = state["evaluated"] == step
-    checkpoint.on_rank_0(lambda: checkpoint.trim_records(metrics, step if folder else -1, evaluated))
-    checkpoint.on_rank_0(lambda: checkpoint.write_json(config, origin))
+    dropped = checkpoint.on_rank_0(lambda: checkpoint.trim_records(metrics, step if folder else -1, evaluated))
+    if dropped and not folder:  # a run that ended before its first save
+        print(f"{out_dir} has no checkpoint: from the start; its {dropped} records are now in metrics-dropped.jsonl")
+    checkpoint.on_rank_0(lambda: owned.write_json(config, origin))
     return step, state | {"origin": {k: v for k, v in origin.items() if k != "settings"}}
 
 
@@ -468,10 +478,12 @@ def save(step, model, optimizer, settings, state, records):
     """A checkpoint of `step`: the best one if its own validation loss is below that of any before it."""
     records.sync()
     best_so_far = math.inf if state["best_loss"] is None else state["best_loss"]
-    best = state["evaluated"] == step and state["val_loss"] < best_so_far
+    loss = math.nan if state["val_loss"] is None else state["val_loss"]
+    best = state["evaluated"] == step and loss < best_so_far
     if best:
-        state["best_loss"] = state["val_loss"]
-    checkpoint.save(out_dir, step, model, optimizer, state, settings, keep_checkpoints, best)
+        state["best_loss"] = loss
+    kept = {name: null_for_nan(value) for name, value in state.items()}
+    checkpoint.save(out_dir, step, model, optimizer, kept, settings, keep_checkpoints, best)
 
 
 def tokens_at_peak(model, ranks):
@@ -546,6 +558,9 @@ def main():
         except ValueError as e:
             fail(str(e))
     train_data, val_data = open_corpora()
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on every machine
+        train_data.check_in_background()
+        val_data.check_in_background()
     try:
         ranks = start(parallel, resolve_device(device), shard_size, rank_timeout, expert_size)
     except ValueError as e:
@@ -610,6 +625,12 @@ def train(settings, train_data, val_data, ranks):
                 sys.exit(f"error: {SKIPPED_IN_A_ROW} steps in a row were not finite; lower lr, or set grad_clip")
             if profile and ranks.is_main:
                 profiler.step()
+    for corpus in (train_data, val_data):
+        if corpus.bytes_checked < corpus.bytes:
+            print(
+                f"{corpus.data_dir}: of split {corpus.split!r} {corpus.bytes_checked / 1e9:.1f} of "
+                f"{corpus.bytes / 1e9:.1f} GB were compared with meta.json's sha256 by now"
+            )
     if first >= max_steps:
         print(f"nothing to do: {out_dir} has {first} of {max_steps} steps; raise max_steps, or --init_from=scratch")
     elif stopping:

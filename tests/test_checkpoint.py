@@ -1,10 +1,13 @@
 """checkpoint.py: what is saved comes back, whatever the number of processes; what is damaged is found and named."""
 
+import errno
+import hashlib
 import json
 import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +27,7 @@ import checkpoint
 import mhc
 from checkpoint import CheckpointError
 from model import GPT, GPTConfig
+from owned import NotOurs
 from tests.ranks import run_ranks
 
 TINY = dict(
@@ -283,13 +287,12 @@ def remove(path, at):
     os.remove(path)
 
 
-def stray(path, at):
-    """A shard of another checkpoint: DCP would read it."""
-    with open(path, "rb") as f, open(path + ".more.safetensors", "wb") as g:
-        g.write(f.read())
+def replace_by_fifo(path, at):
+    os.remove(path)
+    os.mkfifo(path)
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, remove, stray])
+@pytest.mark.parametrize("damage", [flip, truncate, remove, replace_by_fifo])
 @pytest.mark.parametrize("name", ["shard-00001-model-00001-of-00001.safetensors", "state.json", "manifest.json"])
 def test_damage_is_found_and_named(tmp_path, capsys, damage, name):
     save(tmp_path, 1, seed=1)
@@ -302,6 +305,130 @@ def test_damage_is_found_and_named(tmp_path, capsys, damage, name):
     line = capsys.readouterr().err
     assert folder in line and name.split(".")[0] in line, line
     same(checkpoint.load_model(str(tmp_path))[0].state_dict(), make(1)[0].state_dict())
+
+
+def put_strangers(folder):
+    """What a file manager, a person and another checkpoint may leave in a step folder; DCP would read the last."""
+    (folder / ".DS_Store").write_bytes(b"\0\1")
+    (folder / "notes").mkdir()
+    (folder / "notes" / "today.txt").write_text("loss looks good")
+    os.symlink("/nowhere", folder / "link")
+    save_file({"model.norm.weight": torch.zeros(32)}, folder / "shard-00009-model-00001-of-00001.safetensors")
+
+
+def test_strangers_files_are_ignored_and_survive_the_checkpoint(tmp_path):
+    folder = tmp_path / "step-00000001"
+    save(tmp_path, 1)
+    put_strangers(folder)
+    assert checkpoint.resume_point(str(tmp_path)) == str(folder)
+    same(checkpoint.load_model(str(tmp_path))[0].state_dict(), make(1)[0].state_dict())
+    checkpoint.load(str(folder), *make(2))
+    for step in (2, 3, 4):
+        save(tmp_path, step)  # the first is pruned, but for what is not ours
+    left = {".DS_Store", "notes", "link", "shard-00009-model-00001-of-00001.safetensors"}
+    assert steps(tmp_path) == [1, 3, 4] and set(os.listdir(folder)) == left  # a shard's name: so it is looked at
+    assert (folder / "notes" / "today.txt").read_text() == "loss looks good"
+    assert checkpoint.find(str(tmp_path)) == str(tmp_path / "step-00000004")
+
+
+def dangling_link(path):
+    os.remove(path)
+    os.symlink("/not/mounted", path)
+
+
+@pytest.mark.parametrize("name", ["shard-00001-model-00001-of-00001.safetensors", "state.json", "manifest.json", ""])
+def test_unreadable_is_not_broken(tmp_path, name):
+    """A link to a disk that is not mounted: the run stops, nothing is renamed, and an older one is not used instead."""
+    save(tmp_path, 1)
+    folder = save(tmp_path, 2)
+    if not name:
+        os.rename(folder, tmp_path / "elsewhere")
+        os.symlink("/not/mounted", folder)
+    else:
+        dangling_link(os.path.join(folder, name))
+    before = sorted(os.listdir(tmp_path))
+    for use in (checkpoint.resume_point, checkpoint.find, checkpoint.load_model):
+        with pytest.raises(CheckpointError, match="is a link to /not/mounted, which is not there.*nothing was") as e:
+            use(str(tmp_path))
+        assert e.value.code == 2 and "\n" not in str(e.value)
+    assert sorted(set(os.listdir(tmp_path)) - {".lock"}) == before
+
+
+def test_an_io_error_is_not_damage(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    save(tmp_path, 2)
+
+    def fail(*args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(hashlib, "file_digest", fail)
+    with pytest.raises(CheckpointError, match="Input/output error.*is not known, and nothing was changed") as e:
+        checkpoint.resume_point(str(tmp_path))
+    assert e.value.code == 2 and steps(tmp_path) == [1, 2]
+
+
+def test_no_checkpoint_of_several_can_be_used(tmp_path):
+    """The run stops, twice too, and nothing is renamed; nor does it start anew when only broken-step-... are there."""
+    for step in (1, 2):
+        truncate(os.path.join(save(tmp_path, step), "state.json"), 99)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="none of its 2 checkpoints can be used.*--init_from=scratch") as e:
+            checkpoint.resume_point(str(tmp_path))
+        assert e.value.code == 2 and steps(tmp_path) == [1, 2]
+    for step in (1, 2):
+        os.rename(tmp_path / f"step-0000000{step}", tmp_path / f"broken-step-0000000{step}")
+    with pytest.raises(CheckpointError, match="no checkpoint but broken ones"):
+        checkpoint.resume_point(str(tmp_path))
+
+
+def test_a_copy_under_another_steps_name_is_refused(tmp_path):
+    shutil.copytree(save(tmp_path, 4), tmp_path / "step-00000007")
+    for use in (checkpoint.find, checkpoint.resume_point):
+        with pytest.raises(CheckpointError, match="step-00000007: holds step 4: a copy of step-00000004") as e:
+            use(str(tmp_path))
+        assert e.value.code == 2
+    assert steps(tmp_path) == [4, 7]
+
+
+def test_the_command_says_last_what_is_broken_and_exits_1(tmp_path, capsys):
+    save(tmp_path, 1)
+    flip(os.path.join(save(tmp_path, 2), "state.json"), 99)
+    with pytest.raises(SystemExit) as e:
+        checkpoint.main([str(tmp_path)])
+    assert e.value.code == f"error: 1 of 2 checkpoints in {tmp_path} cannot be used"  # sys.exit(text): exit code 1
+    out = capsys.readouterr().out
+    assert "step-00000001: whole" in out and "step-00000002: BROKEN: state.json was altered" in out
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path):
+    net, optimizer = make(1)
+    with torch.no_grad():
+        net.norm.weight[3] = torch.nan
+    checkpoint.save(str(tmp_path), 1, net, optimizer, {}, dict(TINY))
+    with pytest.raises(CheckpointError, match="norm.weight holds what is no number.*before the run diverged"):
+        checkpoint.load_model(str(tmp_path))
+    checkpoint.load(str(tmp_path / "step-00000001"), *make(2))  # the run itself may go on
+
+
+def test_settings_in_a_checkpoint_that_cannot_be(tmp_path):
+    """Signed properly, as by a stranger's program: refused in one line, before memory is asked for."""
+    folder = save(tmp_path, 1)
+    record = json.load(open(os.path.join(folder, "state.json")))
+    for changes, named in (
+        ({"n_layer": "2"}, "state.json: settings.n_layer: wanted a whole number"), ({"n_head": None}, "n_head"),
+        ({"n_layer": 10**9}, "n_layer=1000000000, but its shards have 2"), ({"n_embd": 2**40}, "does not fit"),
+        ({"residual": "resnet"}, "residual='resnet'"), ({"norm_eps": -1.0}, "norm_eps"),
+        ({"vocab_size": 2**39, "n_embd": 2**39}, "state.json: settings"),
+    ):  # fmt: skip
+        os.remove(os.path.join(folder, "state.json"))
+        os.remove(os.path.join(folder, "manifest.json"))
+        files = checkpoint.describe(folder, os.listdir(folder))
+        checkpoint.write_json(os.path.join(folder, "state.json"), record | {"settings": TINY | changes})
+        files |= checkpoint.describe(folder, ["state.json"])
+        checkpoint.write_json(os.path.join(folder, "manifest.json"), {"format": 1, "files": files})
+        with pytest.raises(CheckpointError) as e:
+            checkpoint.load_model(str(tmp_path))
+        assert named in str(e.value) and "\n" not in str(e.value)
 
 
 def test_every_byte_of_the_manifest_matters(tmp_path):
@@ -354,7 +481,7 @@ def check_full_disk(folder):
     assert "step 2 could not be saved" in str(e.value) and "\n" not in str(e.value)
     assert "File too large" in str(e.value) and "(process 1)" in str(e.value) and "step-00000001" in str(e.value)
     dist.barrier()
-    assert sorted(os.listdir(folder)) == ["latest", "step-00000001"]
+    assert sorted(os.listdir(folder)) == [".made_by_mhc", "latest", "step-00000001"]
     assert checkpoint.latest_complete(folder) is not None
 
 
@@ -371,7 +498,7 @@ def test_full_disk_while_exporting(tmp_path, monkeypatch):
             checkpoint.export(folder, str(tmp_path / "x.safetensors"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert sorted(os.listdir(tmp_path)) == ["latest", "step-00000001"]
+    assert sorted(os.listdir(tmp_path)) == [".made_by_mhc", "latest", "step-00000001"]
 
 
 # -- kills ----------------------------------------------------------------------------------------------------------
@@ -439,15 +566,132 @@ def test_move_aside(tmp_path, monkeypatch):
 
 
 def test_trim_records(tmp_path):
-    path = tmp_path / "metrics.jsonl"
+    """What is taken out is kept beside, torn lines and lines that are no records too."""
+    path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics-dropped.jsonl"
     lines = ['{"step": 1, "loss": 2.5}', '{"step": 2, "loss": null}', '{"step": 2, "val_loss": 1}', '{"step": 3}']
-    path.write_text("\n".join(lines) + '\n{"step": 4, "lo')
-    checkpoint.trim_records(str(path), 2)
+    path.write_text("\n".join(lines) + '\n7\n{"step": "x"}\n{"step": 4, "lo')
+    assert checkpoint.trim_records(str(path), 2) == 4
     assert path.read_text().splitlines() == lines[:3] and path.read_text().endswith("\n")
-    before = path.read_text()
-    path.write_text(before + "7\n")  # not a record: a failure half way through
-    with pytest.raises(TypeError):
-        checkpoint.trim_records(str(path), 1)
-    assert path.read_text() == before + "7\n"
-    checkpoint.trim_records(str(tmp_path / "none.jsonl"), 2)
-    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    assert aside.read_text() == '{"step": 3}\n7\n{"step": "x"}\n{"step": 4, "lo\n'
+    assert checkpoint.trim_records(str(path), 2) == 0 and checkpoint.trim_records(str(path), -1) == 3
+    assert path.read_text() == "" and aside.read_text().splitlines()[4:] == lines[:3]
+    assert checkpoint.trim_records(str(tmp_path / "none.jsonl"), 2) == 0
+    assert sorted(os.listdir(tmp_path)) == ["metrics-dropped.jsonl", "metrics.jsonl"]
+    os.remove(aside)
+    os.symlink(tmp_path / "thesis", aside)
+    with pytest.raises(NotOurs, match="metrics-dropped.jsonl: is a link"):
+        checkpoint.trim_records(str(path), -1)
+
+
+# -- other people's files -------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_others_is_not_taken_for_a_run(tmp_path):
+    """Another tool's records, a config.json that is not ours, a link for the lock: one line, and all stays as it is."""
+    for name, content in (
+        ("metrics.jsonl", '{"a": 1}\n'),
+        ("config.json", '{"model": "x"}'),
+        ("latest", "x"),
+        (".lock", "x"),
+    ):
+        folder = tmp_path / name.strip(".")
+        folder.mkdir()
+        (folder / name).write_text(content)
+        for use in (lambda f: save(f, 1), checkpoint.resume_point):
+            with pytest.raises(CheckpointError, match=f"holds {name}, which is not known to be ours") as e:
+                use(str(folder))
+            assert e.value.code == 2
+        assert os.listdir(folder) == [name] and (folder / name).read_text() == content
+        with pytest.raises(NotOurs, match="not known to be a run of ours"):
+            checkpoint.move_aside(str(folder))
+
+
+def test_a_folder_with_other_names_in_it_is_used_and_they_stay(tmp_path):
+    (tmp_path / "slurm-17.out").write_text("x")
+    save(tmp_path, 1)
+    assert checkpoint.resume_point(str(tmp_path)) and (tmp_path / "slurm-17.out").read_text() == "x"
+
+
+def test_a_run_of_before_there_were_marks_is_gone_on_with(tmp_path):
+    save(tmp_path, 1)
+    os.remove(tmp_path / ".made_by_mhc")
+    assert checkpoint.load_model(str(tmp_path)) and checkpoint.resume_point(str(tmp_path))
+    assert os.path.exists(tmp_path / ".made_by_mhc")
+
+
+def test_links_are_not_followed(tmp_path):
+    run, thesis = tmp_path / "run", tmp_path / "thesis"
+    save(run, 1)
+    thesis.write_text("x" * 100)
+    os.symlink(thesis, run / ".lock")
+    with pytest.raises(CheckpointError, match=r"\.lock: is a link") as e:
+        checkpoint.resume_point(str(run))
+    assert e.value.code == 2 and thesis.read_text() == "x" * 100
+    os.remove(run / ".lock")
+    os.symlink(run, tmp_path / "link")
+    with pytest.raises(NotOurs, match="is a link"):
+        checkpoint.move_aside(str(tmp_path / "link"))
+    os.rename(run / "step-00000001", tmp_path / "other disk")
+    os.symlink(tmp_path / "other disk", run / "step-00000001")  # somebody's arrangement: used, and not pruned
+    assert checkpoint.find(str(run)) == str(run / "step-00000001")
+    for step in (2, 3, 4):
+        save(run, step)
+    assert steps(run) == [1, 3, 4] and len(os.listdir(tmp_path / "other disk")) == 3
+    os.remove(run / "latest")
+    (run / "latest").write_text("mine")
+    save(run, 5)
+    assert (run / "latest").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "target, named",
+    [
+        ("{run}/step-00000001/model.safetensors", "lies inside the checkpoint"),
+        ("{run}/step-00000001/shard-00001-model-00001-of-00001.safetensors", "lies inside the checkpoint"),
+        ("{run}/latest/x", "lies inside the checkpoint"), ("{root}/thesis", "was not made by this program"),
+        ("{root}/link", "is a link"), ("{root}/fifo", "is a FIFO"), ("{root}/folder", "is a folder"),
+        ("/dev/null", "is a device"), ("{root}/nowhere/x", "No such file"),
+    ],
+)  # fmt: skip
+def test_an_export_overwrites_nothing_but_an_export(tmp_path, target, named):
+    run = tmp_path / "run"
+    save(run, 1)
+    (tmp_path / "thesis").write_text("x")
+    (tmp_path / "folder").mkdir()
+    os.symlink("thesis", tmp_path / "link")
+    os.mkfifo(tmp_path / "fifo")
+    before = {p: os.lstat(p).st_mtime_ns for p in tmp_path.rglob("*")}
+    with pytest.raises((NotOurs, CheckpointError), match=named):
+        checkpoint.main([str(run), target.format(run=run, root=tmp_path)])
+    assert before == {p: os.lstat(p).st_mtime_ns for p in tmp_path.rglob("*")}
+    for _ in range(2):
+        checkpoint.main([str(run), str(tmp_path / "model.safetensors")])  # its own, it does
+
+
+def test_kills_in_an_export_leave_nothing_half_written(tmp_path):
+    """Kills -9 at random moments while a file is replaced over and over: it is whole, and nothing is beside it."""
+    folder, file = save(tmp_path / "run", 1), str(tmp_path / "model.safetensors")
+    checkpoint.export(folder, file)
+    wanted, rng, context = load_file(file), random.Random(0), mp.get_context("fork")
+
+    def work(done):
+        torch.set_num_threads(1)
+        for _ in range(10**6):
+            checkpoint.export(folder, file)
+            done.value += 1
+
+    for _ in range(10):
+        done = context.Value("q", 0)
+        process = context.Process(target=work, args=(done,))
+        process.start()
+        end = time.monotonic() + 30
+        while done.value < 1 and time.monotonic() < end:
+            time.sleep(0.001)
+        time.sleep(rng.random() * 0.03)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        same(load_file(file), wanted)
+        left = set(os.listdir(tmp_path)) - {"run", "model.safetensors"}
+        assert not left or left == {".made_by_mhc.model.safetensors"}  # between two system calls: cleared by the next
+    checkpoint.export(folder, file)
+    assert sorted(os.listdir(tmp_path)) == ["model.safetensors", "run"]

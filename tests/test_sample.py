@@ -29,7 +29,8 @@ def run_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     path = folder / "tokenizer.json"
     save_tokenizer(make_tokenizer("bytes"), path)
-    meta = {"tokenizer_file": path.name, "tokenizer_sha256": sha256_file(path)}
+    meta = {"vocab_size": 257, "eot": 256, "splits": {}}
+    meta |= {"tokenizer_file": path.name, "tokenizer_sha256": sha256_file(path)}
     (folder / "meta.json").write_text(json.dumps(meta))
     model = GPT(GPTConfig(**CONFIG))
     model.init_weights(0)
