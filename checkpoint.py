@@ -169,7 +169,7 @@ def describe(folder, names):
     """{name: {size, sha256}} of these files."""
     found = {}
     for name in names:
-        with owned.naming(path := os.path.join(folder, name)), open_file(path) as f:
+        with program.naming(path := os.path.join(folder, name)), open_file(path) as f:
             found[name] = {"size": os.fstat(f.fileno()).st_size, "sha256": hashlib.file_digest(f, "sha256").hexdigest()}
     return found
 
@@ -774,7 +774,7 @@ def trim_records(path, step, evaluated=True):
     except Missing:
         return 0
     if dropped:
-        with owned.naming(aside), open(aside, "ab") as f:
+        with program.naming(aside), open(aside, "ab") as f:
             f.writelines(line.rstrip(b"\n") + b"\n" for line in dropped)
             f.flush()
             os.fsync(f.fileno())
@@ -859,4 +859,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    program.run(lambda: main(sys.argv[1:]), CheckpointError)
+    program.run(lambda: main(sys.argv[1:]), CheckpointError, NotOurs)

@@ -22,7 +22,6 @@ import contextlib
 import email.utils
 import errno
 import hashlib
-import json
 import os
 import re
 import shutil
@@ -32,7 +31,10 @@ import requests
 import urllib3
 from tqdm import tqdm
 
+import owned
 from data import sha256_file
+from records import RecordError, Unreadable, anything, boolean, integer, null_or, read_json, string
+from records import sha256 as hash_rule
 
 TIMEOUT = 30.0  # seconds to connect, and seconds without a byte that count as a stall
 RETRIES = 8  # tries in a row that bring no new byte
@@ -235,19 +237,27 @@ def read_url(url, mirror=""):
 # To a file
 
 
+RECORD = {"url": string(), "bytes": integer(0), "sha256": hash_rule, "published_sha256": boolean}  # beside a whole file
+PART = {  # beside one that is being fetched
+    "url": string(), "validator": string(), "total": null_or(integer(0)), "bytes": integer(0), "sha256": hash_rule,
+    "whole_sha256": null_or(hash_rule),
+}  # fmt: skip
+
+
 def download(url, path, size=None, sha256=None, mirror=""):
     """Fetch url to path unless it is there and unaltered; returns {"url", "bytes", "sha256", "published_sha256"},
     the last saying whether the sha256 was compared with one known beforehand.
 
-    Raises DownloadError. Whatever happens, `path` is either absent, or whole and checked; what was had of it stays as
-    <path>.part, to be continued, but for a full disk, which leaves nothing.
+    Raises DownloadError, and NotOurs for a file at one of these names that is not ours. Whatever happens, `path` is
+    either absent, or whole and checked; what was had of it stays as <path>.part, to be continued, but for a full disk,
+    which leaves nothing. A file of ours is known by the <path>.json or <path>.part.json beside it.
     """
-    record = read_record(path + ".json", ("url", "bytes", "sha256", "published_sha256"))
+    record = read_record(path + ".json", RECORD)
     known = sha256 or (record and record["url"] == url and record["sha256"])
-    if known and os.path.exists(path):  # with a published sha256 the file may also have been put there by hand
-        if sha256_file(path) == known:
+    if os.path.lexists(path):
+        if known and os.path.isfile(path) and sha256_file(path) == known:  # it may also have been put there by hand
             return record or {"url": url, "bytes": os.path.getsize(path), "sha256": known, "published_sha256": True}
-        print(f"{path}: altered since it was downloaded; fetching it again")
+        owned.check_file(path, as_recorded)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     reasons = []
     while len(reasons) <= RESTARTS:
@@ -259,19 +269,23 @@ def download(url, path, size=None, sha256=None, mirror=""):
             remove(path + ".part", path + ".part.json")
     else:
         raise DownloadError(f"{mirrored(url, mirror)}: {reasons[-1]}; begun {len(reasons)} times; nothing was kept")
+    owned.check_file(path, as_recorded)  # it took a while: somebody may have put one there
     os.replace(path + ".part", path)
     remove(path + ".part.json")
-    write_json(path + ".json", record)
-    sync_folder(os.path.dirname(path) or ".")
+    owned.write_json(path + ".json", record, ours=lambda path: read_record(path, RECORD) is not None)
+    owned.sync_folder(os.path.dirname(path) or ".")
     return record
 
 
 def fetch_part(url, part, size, sha256):
     """Bring `part` to its full length, continuing what is there; returns its record."""
     have = usable_part(url, part)
+    owned.check_file(part, lambda part: read_record(part + ".json", PART) is not None)
     sha256 = sha256 or have["whole_sha256"]
     stream = Stream(url, have["bytes"], have["hasher"], have["validator"], size, sha256, have["total"])
     try:
+        if not have["bytes"]:
+            note_progress(stream, None, part)  # first: by this it is known for ours
         with open(part, "r+b" if have["bytes"] else "wb", buffering=0) as f:
             f.truncate(have["bytes"])
             f.seek(have["bytes"])
@@ -331,8 +345,9 @@ def note_progress(stream, f, part):
     The stream counts a chunk before it is written, so after an interruption between the two the file may be shorter;
     usable_part sees that and throws the part away.
     """
-    os.fsync(f.fileno())
-    write_json(
+    if f:
+        os.fsync(f.fileno())
+    owned.write_json(
         part + ".json",
         {
             "url": stream.url,
@@ -342,6 +357,7 @@ def note_progress(stream, f, part):
             "sha256": stream.hasher.hexdigest(),
             "whole_sha256": stream.sha256,
         },
+        ours=is_part_record,
     )
     return stream.position
 
@@ -350,7 +366,7 @@ def usable_part(url, part):
     """What an earlier try left that can be trusted: bytes, hasher over them, validator, and total and whole_sha256 of
     the file if they were learnt; else zero bytes."""
     nothing = {"bytes": 0, "hasher": hashlib.sha256(), "validator": "", "total": None, "whole_sha256": None}
-    record = read_record(part + ".json", ("url", "bytes", "sha256", "validator", "total", "whole_sha256"))
+    record = read_record(part + ".json", PART)
     if not record or record["url"] != url or not os.path.exists(part) or os.path.getsize(part) < record["bytes"]:
         return nothing
     hasher, left = hashlib.sha256(), record["bytes"]
@@ -365,39 +381,27 @@ def usable_part(url, part):
 # Small files
 
 
-def write_json(path, value):
-    """Write JSON under a temporary name, bring it to the disk, rename it; a failure leaves nothing behind."""
+def as_recorded(path):
+    """Whether a file is as it was when we downloaded it."""
+    record = read_record(path + ".json", RECORD)
+    return record is not None and sha256_file(path) == record["sha256"]
+
+
+def is_part_record(path):
+    return read_record(path, PART) is not None
+
+
+def read_record(path, kind=anything):
+    """A JSON file of ours. None if there is none, or it is damaged or of another kind: then it is as good as none."""
     try:
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
-            json.dump(value, f, indent=1, ensure_ascii=False)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(path + ".tmp", path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.remove(path + ".tmp")
+        return read_json(path, kind)
+    except Unreadable:
         raise
-
-
-def read_record(path, keys=()):
-    """A JSON object of ours. None if there is none, or it is damaged or lacks a key: then it is as good as none."""
-    try:
-        with open(path, encoding="utf-8") as f:
-            record = json.load(f)
-    except (FileNotFoundError, ValueError):  # no JSON, or not even UTF-8
+    except RecordError:
         return None
-    return record if isinstance(record, dict) and all(k in record for k in keys) else None
 
 
 def remove(*paths):
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             os.remove(path)
-
-
-def sync_folder(path):
-    """Bring renames within a folder to the disk."""
-    if hasattr(os, "O_DIRECTORY"):  # not on Windows
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-        os.fsync(fd)
-        os.close(fd)

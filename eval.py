@@ -35,10 +35,11 @@ import torch.distributed as dist
 from checkpoint import CheckpointError, find, load_model, step_of
 from configurator import at_least, configure, fail, one_of, some
 from data import Corpus, DataError
-from download import read_record, write_json
+from download import read_record
 from evals import report, score
 from evals.metrics import choice_scores
 from evals.tasks import TASKS, TaskError, ask, guess, read_task
+from owned import NotOurs, write_json
 from parallel import resolve_device
 from tokenizer import open_encoding
 
@@ -363,4 +364,4 @@ def conclude(records, missing, path, results):
 
 
 if __name__ == "__main__":
-    program.run(main, CheckpointError)
+    program.run(main, CheckpointError, NotOurs)

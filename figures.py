@@ -14,10 +14,10 @@ import program
 if __name__ == "__main__":
     program.begin()  # before anything that takes long to import
 
-import contextlib
-import json
 import os
 import sys
+import zipfile
+import zlib
 
 import matplotlib
 
@@ -25,7 +25,22 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+import owned
 from configurator import between, configure, fail, one_of, some
+from owned import NotOurs
+from records import (
+    Missing,
+    RecordError,
+    Unreadable,
+    integer,
+    null_or,
+    number,
+    open_file,
+    read_bytes,
+    read_json,
+    read_lines,
+    string,
+)
 
 figure = "report"  # 'report' | 'loss' | 'gains' | 'maps'
 out = "report.png"  # where the picture goes; the ending chooses the format
@@ -36,27 +51,72 @@ OTHER_COLORS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of residual conne
 STYLES = ["-", "--", ":", "-."]  # runs with the same residual
 
 
+MAYBE = null_or(number())  # train.py writes null for what is not finite
+METRIC = {  # a line of metrics.jsonl: of a step or of an evaluation
+    "step": integer(0), **dict.fromkeys(("loss?", "grad_norm?", "val_loss?", "bits_per_byte?"), MAYBE),
+    **dict.fromkeys(("step_ms?", "peak_MB?", "params?"), null_or(number(0))),
+    **{f"{kind}_{way}_{m}?": [MAYBE] for kind in ("single", "composite") for way in ("fwd", "bwd")
+       for m in ("max", "min")},
+}  # fmt: skip
+CONFIG = {"settings": {"residual": string(1, 50)}}
+MARK = b"mHC figures.py"  # inside a picture: ours, and so ours to replace
+ABOUT = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}  # where these formats have a place for it
+
+
+def printable(name):
+    """A folder's name as a label: no half characters, and no $, between which matplotlib reads TeX."""
+    return name.encode(errors="replace").decode().replace("$", r"\$")
+
+
+def is_ours(path):
+    return MARK in read_bytes(path)
+
+
+def read_maps(path):
+    """{title: H_res (n, n)} of maps.npz; none if there is none. Ends the program for a file that is not train.py's."""
+    try:
+        with open_file(path) as f, np.load(f) as found:
+            large = [i.filename for i in found.zip.infolist() if i.file_size > 1 << 20]
+            if large or len(found.files) > 64:
+                raise ValueError(f"{(large or ['it'])[0]} is too large for what train.py leaves")
+            maps = {printable(title): found[title] for title in found.files}
+        for title, M in maps.items():
+            if M.ndim != 2 or M.shape[0] != M.shape[1] or not 0 < len(M) <= 64 or M.dtype.kind != "f":
+                raise ValueError(f"{title}: wanted a square matrix of floats, got {M.dtype} {M.shape}")
+    except Missing:
+        return {}
+    except (
+        RecordError,
+        OSError,
+        ValueError,
+        EOFError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        zlib.error,
+        zipfile.BadZipFile,
+    ) as e:
+        fail(f"{path}: not the heat maps of train.py ({' '.join(str(e).split())})")
+    return maps
+
+
 class Run:
     """One run folder: its name, settings, records of steps and of evaluations, and heat maps."""
 
     def __init__(self, folder):
-        self.name = os.path.basename(os.path.normpath(folder))
+        self.name = printable(os.path.basename(os.path.abspath(folder)))
         try:
-            with open(os.path.join(folder, "config.json")) as f:
-                self.settings = json.load(f)["settings"]
-            with open(os.path.join(folder, "metrics.jsonl")) as f:
-                lines = [line for line in f if line.endswith("\n")]  # a run that goes on may be writing its last line
-        except FileNotFoundError as e:
-            fail(f"{folder}: not a run folder of train.py: there is no {os.path.basename(e.filename)}")
-        try:
-            records = [json.loads(line) for line in lines]
-        except json.JSONDecodeError as e:
-            fail(f"{folder}/metrics.jsonl: damaged: {e}")
+            self.settings = read_json(os.path.join(folder, "config.json"), CONFIG)["settings"]
+            metrics = os.path.join(folder, "metrics.jsonl")
+            records = list(read_lines(metrics, METRIC, going_on=True))  # a run may be writing its last line
+        except (Missing, Unreadable) as e:
+            fail(f"{folder}: not a run folder of train.py: {e}")
+        except RecordError as e:
+            fail(str(e))
         self.steps = [r for r in records if r.get("loss") is not None]
         self.evals = [r for r in records if "val_loss" in r]
         self.residual = self.settings["residual"]
-        maps = os.path.join(folder, "maps.npz")
-        self.maps = dict(np.load(maps)) if os.path.exists(maps) else {}
+        self.maps = read_maps(os.path.join(folder, "maps.npz"))
         if not self.evals:
             fail(f"{folder}: no evaluation in metrics.jsonl yet; wait for the first")
 
@@ -83,12 +143,18 @@ def print_table(runs):
     for run in runs:
         last = run.evals[-1]
         gains = (last.get(f"composite_{way}_max") for way in ("fwd", "bwd"))  # the baseline has none
-        forward, backward = (f"{max(g):.3g}" if g else "-" for g in gains)
-        step_ms = f"{last['step_ms']:.0f}" if last["step_ms"] else "-"  # unknown before the first step
-        print(
-            f"{run.name:<12} {last['params']:>12,} {last['val_loss']:>9.4f} {last['bits_per_byte']:>13.4f} "
-            f"{step_ms:>8} {last['peak_MB']:>8.0f} {forward:>9} {backward:>9}"
-        )
+        forward, backward = (shown(max((v for v in g or () if v is not None), default=None), ".3g") for g in gains)
+        params, loss, bits, ms, peak = (
+            shown(last.get(name), form)
+            for name, form in (("params", ",.0f"), ("val_loss", ".4f"), ("bits_per_byte", ".4f"), ("step_ms", ".0f"),
+                               ("peak_MB", ".0f"))
+        )  # fmt: skip
+        print(f"{run.name:<12} {params:>12} {loss:>9} {bits:>13} {ms:>8} {peak:>8} {forward:>9} {backward:>9}")
+
+
+def shown(value, form):
+    """A number of the table; '-' where there is none: not finite, not there, or unknown before the first step."""
+    return "-" if value is None else format(value, form)
 
 
 def look(runs):
@@ -132,16 +198,21 @@ def draw_gradient_norm(ax, runs):
     label(ax, "gradient norm", "step", "")
 
 
+def nan_for_null(values):
+    return np.array([np.nan if v is None else v for v in values], dtype=float)
+
+
 def draw_gain(ax, runs, kind, way):
     """Amax gain magnitude by depth (Figs 3, 7): the line is the maximum, the band reaches down to the minimum."""
     highest = 0.0
     for run in (r for r in runs if f"{kind}_{way}_max" in r.evals[-1]):  # one that has maps
         last = run.evals[-1]
-        high, low = (np.array(last[f"{kind}_{way}_{m}"]) for m in ("max", "min"))
+        high, low = (nan_for_null(last.get(f"{kind}_{way}_{m}", ())) for m in ("max", "min"))
+        high, low = high[: len(low)], low[: len(high)]
         depth, style = np.arange(1, len(high) + 1), look(runs)[run]
         ax.plot(depth, high, **style, linewidth=1.2)
         ax.fill_between(depth, low, high, color=style["color"], alpha=0.12, linewidth=0)
-        highest = max(highest, high.max())
+        highest = max(highest, np.nanmax(high, initial=0))
     if highest > 2:
         ax.set_yscale("log")  # Fig 3
     else:
@@ -223,20 +294,32 @@ def main():
     )
     if not folders:
         fail("wanted run folders: python figures.py out/demo/baseline out/demo/hc out/demo/mhc")
+    ending = check_out()
     runs = [Run(folder) for folder in folders]
     print_table(runs)
+    about = {"metadata": {ABOUT[ending]: MARK.decode()}} if ending in ABOUT else {}
     fig = draw(runs)
-    root, ending = os.path.splitext(out)
-    unfinished = f"{root}.tmp{ending}"
     try:
-        fig.savefig(unfinished, dpi=140)
-        os.replace(unfinished, out)
-    except (OSError, ValueError) as e:  # no such folder, a full disk; an ending that matplotlib does not know
+        with owned.whole_file(out, is_ours, binary=True) as f:
+            fig.savefig(f, format=ending[1:], dpi=140, **about)
+    except OSError as e:  # a full disk
         fail(f"out={out!r}: cannot be drawn there: {e}")
-    finally:
-        with contextlib.suppress(OSError):
-            os.remove(unfinished)
     print(f"drawn: {out}")
+
+
+def check_out():
+    """The ending of the picture's name, once it is known that it can be drawn there."""
+    ending, known = os.path.splitext(out)[1].lower(), plt.figure().canvas.get_supported_filetypes()
+    if ending[1:] not in known:
+        fail(f"out={out!r}: wanted a name that ends in one of {', '.join('.' + k for k in sorted(known))}")
+    if not os.path.isdir(folder := os.path.dirname(out) or "."):
+        fail(f"out={out!r}: there is no folder {folder}")
+    try:
+        owned.check_place(out)
+        owned.check_file(out, is_ours)
+    except (NotOurs, RecordError) as e:
+        fail(f"out={out!r}: {e}")
+    return ending
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ import re
 import stat
 import sys
 
+from program import naming
 from records import RecordError, kind_of_file, names_in, one_of, read_json
 
 try:
@@ -53,6 +54,8 @@ NAMES = {  # what it is: what its own names look like, as paths within the folde
 
 class NotOurs(Exception):
     """Something is in the way that is not ours to delete, move or overwrite; the message is one line that names it."""
+
+    code = 2  # of the program that ends with it
 
 
 def refuse(message):
@@ -141,11 +144,13 @@ def is_ours(path, what, name):
 
 
 def check_removable(folder, what, recognise=lambda folder: False):
-    """Raise NotOurs unless all of a folder is ours, so that remove() would leave nothing of it."""
+    """Raise NotOurs unless all of a folder is ours, and remove() would leave nothing of it. An empty one will do."""
     if not os.path.lexists(folder):
         return
     if not is_folder(folder):
         raise NotOurs(f"{folder}: is {kind_of_file(os.lstat(folder).st_mode)}, not a folder of ours; move it away")
+    if not names_in(folder):
+        return
     if what_is(folder) != what and not recognise(folder):
         raise NotOurs(f"{folder}: is there and not known to be a {what} of ours; move it away, or choose another name")
     if others := strangers(folder, what):
@@ -203,7 +208,9 @@ def check_file(path, ours=None):
     if not stat.S_ISREG(mode):
         raise NotOurs(f"{path}: is {kind_of_file(mode)}, and no file that could be replaced; choose another name")
     if ours is not None and not ours(path):
-        raise NotOurs(f"{path}: is there and was not made by this program; move it away, or choose another name")
+        raise NotOurs(
+            f"{path}: is there and was not made by this program, or altered since; move it away, or choose another name"
+        )
 
 
 @contextlib.contextmanager
@@ -290,6 +297,8 @@ def give_name(fd, path, temporary):
             except FileExistsError:
                 if name == temporary:
                     remove_leftover(temporary)
+            except OSError as e:
+                raise OSError(e.errno, e.strerror, path) from None  # its own name is a number
     finally:
         os.close(here)
     raise OSError(errno.EBUSY, "another process is writing this file", path)
@@ -305,17 +314,6 @@ def append(file, data):
     except OSError:
         with contextlib.suppress(OSError):
             os.ftruncate(file.fileno(), end)
-        raise
-
-
-@contextlib.contextmanager
-def naming(path):
-    """An OSError that names no file, as that of a full disk, names this one."""
-    try:
-        yield
-    except OSError as e:
-        if e.filename is None or str(e.filename).isdigit():
-            e.filename, e.filename2 = path, None
         raise
 
 

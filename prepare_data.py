@@ -25,11 +25,14 @@ import time
 
 from tqdm import tqdm
 
+import owned
 from configurator import above, between, configure, fail, some
 from corpora import parts, text_sha256
-from data import DataError, read_meta, sha256_file, shard_header, token_dtype
-from download import DownloadError, read_record, sync_folder, write_json
+from data import DataError, ends_sha256, read_meta, sha256_file, shard_header, token_dtype
+from download import DownloadError
 from evals.fetch import TASKS, prepare_eval
+from owned import NotOurs, sync_folder, write_json
+from records import Missing, RecordError, anything, each, integer, number, read_json, sha256, string
 from tokenizer import make_tokenizer, read_tokenizer, save_tokenizer, token_lengths
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -81,6 +84,14 @@ RULES = {
     "workers": (lambda v: v == -1 or 0 < v <= 1024, "a number above 0 and at most 1024, or -1 for all cores"),
 }  # fmt: skip
 
+SPLIT = {
+    "tokens": integer(0), "bytes": integer(0), "documents": integer(0), "bytes_per_token": number(0),
+    "files": [{"name": string(1, 100), "tokens": integer(0), "sha256": sha256}],
+}  # fmt: skip
+JOURNAL = {  # of an unfinished corpus: what of it is done
+    "settings": each(anything), "parts": [string()], "sources": [each(anything)], "splits": each(SPLIT),
+}  # fmt: skip
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Writing shards
 
@@ -119,7 +130,8 @@ class SplitWriter:
 
     def open_shard(self):
         self.name, self.in_shard = f"{self.split}_{len(self.files):06d}.bin", 0
-        self.file = open(os.path.join(self.folder, self.name), "wb")
+        owned.check_file(path := os.path.join(self.folder, self.name))
+        self.file = open(path, "wb")
         self.file.write(shard_header(0, self.dtype).tobytes())  # the count follows when it is known
 
     def close_shard(self):
@@ -133,7 +145,9 @@ class SplitWriter:
             os.fsync(f.fileno())
         self.file = None
         path = os.path.join(self.folder, self.name)
-        self.files.append({"name": self.name, "tokens": self.in_shard, "sha256": sha256_file(path)})
+        self.files.append(
+            {"name": self.name, "tokens": self.in_shard, "sha256": sha256_file(path), "ends_sha256": ends_sha256(path)}
+        )
 
     def info(self):
         """The split's entry in meta.json."""
@@ -188,6 +202,7 @@ def write_parts(folder, s, enc, todo, journal):
 # ----------------------------------------------------------------------------------------------------------------------
 # The whole
 
+IDENTITY_OF_OLD = {"dataset", "tokenizer", "tokens", "val_tokens", "val_fraction"}
 IDENTITY = "dataset tokenizer tokens val_tokens val_fraction bpe_train_mb shard_tokens text_key".split()
 
 
@@ -200,13 +215,15 @@ def prepare(s):
     name = f"{short_name(s['dataset'])}_{s['tokenizer']}"
     final = os.path.normpath(s["data_dir"] or os.path.join(s["data_root"], name))
     identity = {k: s[k] for k in IDENTITY} | {"text_sha256": text_sha256(s["dataset"])}
-    refuse_foreign(final)
+    folder = final + ".tmp"
+    refuse_foreign(final, s["overwrite"])
     if not s["overwrite"] and is_complete(final, identity):
         print(f"{final}: complete already, made with these settings; nothing to do")
         return final
+    owned.check_removable(final + ".old", "corpus", is_corpus)  # of a run that was killed while it replaced one
+    owned.check_removable(folder, "corpus", is_unfinished)  # or while it wrote one
     check_room(s, final)
-    folder = final + ".tmp"
-    os.makedirs(folder, exist_ok=True)
+    owned.make(folder, "corpus", is_unfinished)
     with sole_writer(folder):
         write_corpus(folder, s, identity, todo)
         put_in_place(folder, final)
@@ -219,15 +236,37 @@ def short_name(dataset):
     return os.path.basename(os.path.normpath(dataset)).split(".")[0] or "text"
 
 
-def refuse_foreign(final):
-    """Raise DataError if what stands in the corpus's place is not ours to replace."""
-    if os.path.lexists(final) and not os.path.exists(os.path.join(final, "meta.json")):
-        raise DataError(f"{final}: is there and is no prepared corpus; choose another --data_dir=")
+def refuse_foreign(final, overwrite):
+    """Raise NotOurs if what stands in the corpus's place is not ours to replace, or holds what is not."""
+    if not os.path.lexists(final):
+        owned.check_place(final)
+    elif overwrite:
+        owned.check_removable(final, "corpus", is_corpus)
+    elif not is_corpus(final) and not (owned.is_folder(final) and not os.listdir(final)):
+        raise NotOurs(f"{final}: is there and is no prepared corpus; choose another --data_dir=")
+
+
+def is_corpus(folder):
+    """Whether a folder without our mark is a corpus of before there were marks: its meta.json is wholly one of ours."""
+    try:
+        meta = read_meta(folder)
+    except DataError:
+        return owned.what_is(folder) == "corpus"
+    return IDENTITY_OF_OLD <= meta.get("settings", {}).keys() and "tokenizer_sha256" in meta
+
+
+def is_unfinished(folder):
+    """Whether a folder without our mark is what an interrupted run of before there were marks has left."""
+    try:
+        read_json(os.path.join(folder, "journal.json"), JOURNAL)
+    except RecordError:
+        return False
+    return True
 
 
 def is_complete(final, identity):
     """Whether a corpus of these settings is there and whole. Raises DataError if it is another or a damaged one."""
-    if not os.path.lexists(final):
+    if not os.path.lexists(final) or not os.listdir(final):
         return False
     meta = read_meta(final)
     has = meta.get("settings", {})
@@ -238,9 +277,9 @@ def is_complete(final, identity):
             "use --overwrite=True, or another --data_dir="
         )
     wanted = {f["name"]: f["sha256"] for info in meta["splits"].values() for f in info["files"]}
-    for name, sha256 in (wanted | {meta["tokenizer_file"]: meta["tokenizer_sha256"]}).items():
+    for name, digest in (wanted | {meta["tokenizer_file"]: meta["tokenizer_sha256"]}).items():
         path = os.path.join(final, name)
-        if not os.path.exists(path) or sha256_file(path) != sha256:
+        if not os.path.exists(path) or sha256_file(path) != digest:
             raise DataError(
                 f"{path}: missing, or altered since it was written; use --overwrite=True to make the corpus anew"
             )
@@ -285,9 +324,10 @@ def write_corpus(folder, s, identity, todo):
 
     If it fails, parts that were finished stay for the next run; a folder in which none was is removed.
     """
-    journal = read_record(os.path.join(folder, "journal.json"), ("settings", "parts", "sources", "splits"))
-    if not journal or journal["settings"] != identity:
-        journal = {"settings": identity, "parts": [], "sources": [], "splits": {}}
+    journal = {"settings": identity, "parts": [], "sources": [], "splits": {}}
+    with contextlib.suppress(Missing):
+        before = read_json(os.path.join(folder, "journal.json"), JOURNAL)
+        journal = before if before["settings"] == identity else journal
     clean(folder, journal)
     if journal["parts"]:
         print(f"{folder}: continuing after {len(journal['parts'])} finished parts")
@@ -299,7 +339,7 @@ def write_corpus(folder, s, identity, todo):
     except BaseException as e:  # Ctrl-C too; all of them go on upwards
         clean(folder, journal)
         if not journal["parts"]:
-            shutil.rmtree(folder)
+            owned.remove(folder, "corpus")
         if isinstance(e, OSError):
             raise DataError(
                 f"{folder}: not finished: {e}; nothing half-written was left behind "
@@ -309,11 +349,12 @@ def write_corpus(folder, s, identity, todo):
 
 
 def clean(folder, journal):
-    """Remove whatever an interrupted run left unfinished."""
-    keep = {f["name"] for info in journal["splits"].values() for f in info["files"]}
+    """Remove whatever of ours an interrupted run left unfinished."""
+    keep = {f["name"] for info in journal["splits"].values() for f in info["files"]} | {owned.MARK}
     keep |= {"journal.json", "tokenizer.json"} if journal["parts"] else set()
     for name in set(os.listdir(folder)) - keep:
-        os.remove(os.path.join(folder, name))
+        if owned.is_ours(path := os.path.join(folder, name), "corpus", name) and not os.path.isdir(path):
+            os.remove(path)
 
 
 def tokenizer_of(folder, s, todo):
@@ -375,12 +416,15 @@ def put_in_place(folder, final):
     """Rename the finished folder; a corpus that stood there goes only then."""
     sync_folder(folder)
     old = final + ".old"
-    if os.path.exists(final):
-        shutil.rmtree(old, ignore_errors=True)
+    if os.path.lexists(final):
+        owned.check_removable(final, "corpus", is_corpus)  # it took a while: somebody may have come in between
+        owned.check_removable(old, "corpus", is_corpus)
+        owned.remove(old, "corpus")
         os.rename(final, old)
     os.rename(folder, final)
     sync_folder(os.path.dirname(final) or ".")
-    shutil.rmtree(old, ignore_errors=True)
+    if os.path.lexists(old):
+        owned.remove(old, "corpus")
 
 
 def report(final):
@@ -393,7 +437,7 @@ def report(final):
 
 
 def main(s):
-    """The command: exit code 0, 1 after an error (one line), 130 after Ctrl-C."""
+    """The command: exit code 0, 1 after an error, 2 if what is in the way is not ours (one line), 130 after Ctrl-C."""
     try:
         if s["dataset"] == "eval":
             names = list(TASKS) if s["tasks"] == "all" else s["tasks"].split(",")
@@ -405,9 +449,9 @@ def main(s):
             )
         else:
             prepare(s)
-    except (DataError, DownloadError) as e:
+    except (DataError, DownloadError, NotOurs, RecordError) as e:
         print(f"error: {e}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(e, NotOurs) else 1
     except OSError as e:  # a file that cannot be written or read: its name and the system's reason
         print(f"error: {e.filename or s['data_root']}: {e.strerror or e}", file=sys.stderr)
         return 1

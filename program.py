@@ -138,7 +138,7 @@ def watch_signals():
 
 
 def run(main, *known):
-    """main() as a whole program. known: kinds of exceptions whose message is for the user: exit code 1.
+    """main() as a whole program. known: kinds of exceptions whose message is for the user: exit code 1, or `code`.
 
     One that is raised on every process alike (its class says `on_every_rank = True`) is told by rank 0 alone.
     Exceptions that nobody expected keep their traceback."""
@@ -152,7 +152,7 @@ def run(main, *known):
     except KeyboardInterrupt as e:
         end(str(e) or "stopped by Ctrl-C", getattr(e, "code", 130), is_first())
     except known as e:
-        end(f"error: {e}", 1, is_first() or not getattr(e, "on_every_rank", False))
+        end(f"error: {e}", getattr(e, "code", 1), is_first() or not getattr(e, "on_every_rank", False))
     except OSError as e:
         end(f"error: {what_failed(e)}", 1)
     except (MemoryError, RuntimeError) as e:  # torch's own types: OutOfMemoryError, and RuntimeError on a CPU

@@ -638,4 +638,4 @@ def train(settings, train_data, val_data, ranks):
 
 
 if __name__ == "__main__":
-    program.run(main, checkpoint.CheckpointError, DataError)
+    program.run(main, checkpoint.CheckpointError, DataError, owned.NotOurs)

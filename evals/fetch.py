@@ -22,6 +22,7 @@ file), the fields are those under which the set is commonly published:
 import ast
 import codecs
 import csv
+import hashlib
 import io
 import json
 import os
@@ -31,8 +32,11 @@ import zipfile
 import zlib
 
 from data import DataError, sha256_file
-from download import DownloadError, download, read_record, sync_folder, write_json
+from download import DownloadError, download
 from evals import tasks
+from owned import NotOurs, check_file, sync_folder, whole_file, write_json
+from records import Missing, RecordError, anything, boolean, each, integer, read_json
+from records import sha256 as hash_rule
 
 RAW = "https://raw.githubusercontent.com"
 BLOB = "https://openaipublic.blob.core.windows.net/simple-evals"
@@ -213,29 +217,43 @@ def items(chunks, key):
 # The whole
 
 
+SOURCES = {  # sources.json: by it a task's files are known for ours
+    "complete": boolean, "splits": each({"rows": integer(0), "sha256": hash_rule}), "downloads?": [each(anything)],
+}  # fmt: skip
+
+
 def prepare_eval(eval_dir, download_dir, tasks, mirror=""):
-    """Fetch and convert the tasks (a list of names). Raises DataError naming those that failed, after trying all."""
+    """Fetch and convert the tasks (a list of names). Raises DataError naming those that failed, after trying all;
+    NotOurs if one of them because of a file that is not ours."""
     unknown = [name for name in tasks if name not in TASKS]
     if unknown:
         raise DataError(f"unknown task {', '.join(unknown)}: wanted {', '.join(TASKS)} or all")
-    failed = []
+    failed, refused = [], False
     for name in tasks:
         try:
             prepare_task(os.path.join(eval_dir, name), download_dir, name, mirror)
-        except (DataError, DownloadError, OSError) as e:
+        except (DataError, DownloadError, NotOurs, OSError) as e:
             print(f"{name}: failed: {e}")
             failed.append(name)
+            refused |= isinstance(e, NotOurs)
     if failed:
-        raise DataError(
+        raise (NotOurs if refused else DataError)(
             f"no {', '.join(failed)} (see above); the other tasks are in {eval_dir}. Run again, or put "
             f"<split>.jsonl there yourself"
         )
 
 
 def prepare_task(folder, download_dir, name, mirror):
-    """One task; nothing of it is visible before its file is whole, and sources.json is the last."""
+    """One task; nothing of it is visible before its file is whole. sources.json knows the sha256 of each file before it
+    is there, and says at the end that all are. Raises NotOurs for a file that was altered since."""
     record = os.path.join(folder, "sources.json")
-    done = read_record(record, ("complete", "splits")) or {"complete": False, "splits": {}}
+    done = {"complete": False, "splits": {}}
+    try:
+        done = read_json(record, SOURCES)
+    except Missing:
+        pass
+    except RecordError as e:
+        raise NotOurs(f"{e}; move it away, or choose another --eval_dir=") from None
     if not os.path.exists(record) and os.path.isdir(folder) and any(f.endswith(".jsonl") for f in os.listdir(folder)):
         print(f"{name}: {folder} holds files that were put there by hand; they are kept (remove them to fetch others)")
         return
@@ -244,7 +262,9 @@ def prepare_task(folder, download_dir, name, mirror):
         print(f"{name}: complete already")
         return
     os.makedirs(folder, exist_ok=True)
-    write_json(record, {"complete": False, "splits": {}})
+    for path, sha256 in paths.items():
+        check_file(path, lambda path, sha256=sha256: sha256_file(path) == sha256)
+    write_json(record, {"complete": False, "splits": done["splits"]})
     sources, splits = [], {}
 
     def fetch(url):
@@ -255,7 +275,12 @@ def prepare_task(folder, download_dir, name, mirror):
     try:
         for split, rows in TASKS[name](fetch):
             path = os.path.join(folder, f"{split}.jsonl")
-            splits[split] = {"rows": write_rows(path, rows), "sha256": sha256_file(path)}
+
+            def announce(n, sha256, split=split):
+                splits[split] = {"rows": n, "sha256": sha256}
+                write_json(record, {"complete": False, "splits": done["splits"] | splits})
+
+            write_rows(path, rows, announce, lambda path, split=split: known(path, done["splits"].get(split)))
     except DataError:  # a ValueError too, but not about the official file's form
         raise
     except (
@@ -278,22 +303,26 @@ def prepare_task(folder, download_dir, name, mirror):
         print(f"{name}: {split}: {s['rows']} rows" + (f" of {task.sizes[0]}: partial" if partial else ""))
 
 
-def write_rows(path, rows):
-    """Write rows as JSON lines under a temporary name and rename; returns their number. Raises DataError if none."""
-    n = 0
+def known(path, split):
+    """Whether a task's file is as we have made it; split: what sources.json says of it, or None."""
+    return split is not None and sha256_file(path) == split["sha256"]
+
+
+def write_rows(path, rows, announce=lambda n, sha256: None, ours=None):
+    """Write rows as JSON lines, whole; returns their number. Raises DataError if there is none.
+
+    announce(rows, sha256): called before the file gets its name. ours: see owned.check_file."""
+    n, digest = 0, hashlib.sha256()
     try:
-        with open(path + ".tmp", "w", encoding="utf-8") as f:
+        with whole_file(path, ours, binary=True) as f:
             for row in rows:
-                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+                line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+                f.write(line)
+                digest.update(line)
                 n += 1
-            f.flush()
-            os.fsync(f.fileno())
-        if not n:
-            raise DataError(f"{path}: the official file holds no row that was looked for")
-        os.replace(path + ".tmp", path)
+            if not n:
+                raise DataError(f"{path}: the official file holds no row that was looked for")
+            announce(n, digest.hexdigest())
     except OSError as e:
         raise DataError(f"{path}: cannot be written: {e}; make room or choose another --eval_dir=") from e
-    finally:
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
     return n

@@ -24,8 +24,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_
 
 from checkpoint import load_model
 from configurator import fail
-from download import write_json
 from evals import score
+from owned import write_json
 from tokenizer import load_tokenizer
 
 

@@ -94,10 +94,12 @@ def train_process(flags, log, rank, world, port, hook):
     import checkpoint
     import program
     import train
+    from data import DataError
+    from owned import NotOurs
 
     if hook:
         hook(train)
-    program.run(train.main, checkpoint.CheckpointError)
+    program.run(train.main, checkpoint.CheckpointError, DataError, NotOurs)
 
 
 def train_in_fork(flags, log, world=1, hook=None):

@@ -16,6 +16,8 @@ import pytest
 
 import download as dl
 from download import Changed, DownloadError, Stream, download
+from owned import NotOurs, write_json
+from records import integer
 from tests.http_server import becomes, broken, serving, stalled, status
 
 CONTENT = random.Random(0).randbytes(300_000)
@@ -54,13 +56,38 @@ def test_plain_then_not_again(server, tmp_path):
     assert file.requests[0]["Accept-Encoding"] == "identity"
 
 
-def test_altered_or_truncated_file_is_fetched_again(server, tmp_path):
+def test_altered_or_truncated_file_is_refused_until_it_is_moved_away(server, tmp_path):
+    """It is not what we made: somebody may want it."""
     file = server.add("/f.bin", CONTENT)
     for spoilt in (CONTENT[:-1], CONTENT[:1000] + b"x" + CONTENT[1001:]):
         get(server, tmp_path)
         (tmp_path / "f.bin").write_bytes(spoilt)
-        assert get(server, tmp_path) == CONTENT
-    assert len(file.requests) == 3
+        with pytest.raises(NotOurs, match="f.bin: is there and was not made by this program, or altered since"):
+            get(server, tmp_path)
+        assert (tmp_path / "f.bin").read_bytes() == spoilt
+        os.remove(tmp_path / "f.bin")
+    assert get(server, tmp_path) == CONTENT and len(file.requests) == 3
+
+
+def test_a_file_of_ours_from_another_address_is_replaced(server, tmp_path):
+    server.add("/f.bin", CONTENT)
+    server.add("/g.bin", OTHER)
+    get(server, tmp_path)
+    assert get(server, tmp_path, "/g.bin") == OTHER
+
+
+@pytest.mark.parametrize("name", ["f.bin", "f.bin.part"])
+def test_links_and_folders_in_the_way_are_refused(server, tmp_path, name):
+    server.add("/f.bin", CONTENT)
+    (tmp_path / "thesis").write_text("x")
+    os.symlink("thesis", tmp_path / name)
+    with pytest.raises(NotOurs, match="is a link"):
+        download(server.url + "/f.bin", str(tmp_path / "f.bin"))
+    os.remove(tmp_path / name)
+    (tmp_path / name).mkdir()
+    with pytest.raises(NotOurs, match="is a folder"):
+        download(server.url + "/f.bin", str(tmp_path / "f.bin"))
+    assert (tmp_path / "thesis").read_text() == "x"
 
 
 def test_file_without_record_is_only_trusted_with_a_known_sha256(server, tmp_path):
@@ -69,8 +96,10 @@ def test_file_without_record_is_only_trusted_with_a_known_sha256(server, tmp_pat
     assert download(server.url + "/f.bin", str(tmp_path / "f.bin"), sha256=SHA256)["sha256"] == SHA256
     assert not file.requests
     (tmp_path / "f.bin").write_bytes(OTHER)
-    assert get(server, tmp_path) == CONTENT
-    assert len(file.requests) == 1
+    for known in ({}, {"sha256": SHA256}):
+        with pytest.raises(NotOurs, match="f.bin: is there and was not made by this program"):
+            download(server.url + "/f.bin", str(tmp_path / "f.bin"), **known)
+    assert not file.requests and (tmp_path / "f.bin").read_bytes() == OTHER
 
 
 def test_broken_connection_is_continued_by_range(server, tmp_path):
@@ -250,6 +279,10 @@ def test_spoilt_part_is_not_used(server, tmp_path, monkeypatch, spoil):
         part.write_bytes(
             {"torn": data[:-500], "altered": data[:50] + b"\0\0\0\0" + data[54:], "longer": data + b"garbage"}[spoil]
         )
+    if spoil == "record":  # nothing says any more that the part is ours
+        with pytest.raises(NotOurs, match="f.bin.part: is there and was not made by this program"):
+            get(server, tmp_path)
+        return
     assert get(server, tmp_path) == CONTENT
     assert ranges(file) == [f"bytes={len(data)}-" if spoil == "longer" else None]
 
@@ -329,11 +362,13 @@ def test_disk_known_to_be_too_small_is_seen_before_the_first_byte(server, tmp_pa
 def test_damaged_record_is_as_good_as_none(tmp_path, content):
     path = str(tmp_path / "r.json")
     (tmp_path / "r.json").write_bytes(content)
-    assert dl.read_record(path, ("a",)) is None
-    dl.write_json(path, {"a": 1})
-    assert dl.read_record(path, ("a",)) == {"a": 1}
-    with pytest.raises(TypeError):
-        dl.write_json(path, {"a": object()})
+    kind = {"a": integer()}
+    assert dl.read_record(path, kind) is None
+    write_json(path, {"a": 1})
+    assert dl.read_record(path, kind) == {"a": 1}
+    for bad, error in ((object(), TypeError), (float("nan"), ValueError)):
+        with pytest.raises(error):
+            write_json(path, {"a": bad})
     assert os.listdir(tmp_path) == ["r.json"] and dl.read_record(path) == {"a": 1}
 
 

@@ -13,6 +13,7 @@ import download as dl
 from data import DataError
 from evals import fetch
 from evals.fetch import prepare_eval
+from owned import NotOurs
 from tests.http_server import broken, serving, status
 
 GITHUB = "/raw.githubusercontent.com"
@@ -280,6 +281,11 @@ def test_second_run_fetches_nothing_and_repairs(server, tmp_path, capsys):
     path = tmp_path / "eval" / "gsm8k" / "test.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole[:-100])
+    with pytest.raises(NotOurs, match="no gsm8k"):
+        run(server, tmp_path, "gsm8k")
+    assert "test.jsonl: is there and was not made by this program, or altered" in capsys.readouterr().out
+    assert path.read_bytes() == whole[:-100]
+    path.unlink()
     run(server, tmp_path, "gsm8k")
     assert path.read_bytes() == whole and n == [len(f.requests) for f in files] == [3, 3]
     record = json.loads((tmp_path / "eval" / "gsm8k" / "sources.json").read_text())
@@ -289,7 +295,7 @@ def test_second_run_fetches_nothing_and_repairs(server, tmp_path, capsys):
 def test_our_own_full_disk_is_not_blamed_on_the_official_file(server, tmp_path, capsys, monkeypatch):
     gsm8k_server(server)
 
-    def full(path, rows):
+    def full(path, *others):
         raise DataError(f"{path}: cannot be written: No space left on device")
 
     monkeypatch.setattr(fetch, "write_rows", full)
@@ -297,6 +303,17 @@ def test_our_own_full_disk_is_not_blamed_on_the_official_file(server, tmp_path, 
         run(server, tmp_path, "gsm8k")
     out = capsys.readouterr().out
     assert "train.jsonl: cannot be written" in out and "not in the form" not in out
+
+
+def test_a_sources_json_that_is_not_ours_is_refused(server, tmp_path, capsys):
+    gsm8k_server(server)
+    folder = tmp_path / "eval" / "gsm8k"
+    folder.mkdir(parents=True)
+    for content in ("[]", '{"complete": true}', '{"complete": true, "splits": {"test": 3}}'):
+        (folder / "sources.json").write_text(content)
+        with pytest.raises(NotOurs, match="no gsm8k"):
+            run(server, tmp_path, "gsm8k")
+        assert "sources.json" in capsys.readouterr().out and os.listdir(folder) == ["sources.json"]
 
 
 def test_files_put_there_by_hand_are_kept(server, tmp_path, capsys):
