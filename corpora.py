@@ -37,6 +37,7 @@ FINEWEB = HUB + "/kjj0/fineweb10B-gpt2/resolve/main/fineweb_{split}_{i:06d}.bin"
 SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 SHAKESPEARE_BYTES = 1_115_394
+LINE_BYTES = 1 << 28  # of a row of JSON lines, at most
 SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 
 
@@ -190,13 +191,20 @@ def text_files(path):
         if not path.endswith(SUFFIXES):
             raise DataError(f"{path}: wanted a file ending in {', '.join(SUFFIXES)}")
         return [path]
-    found = [os.path.join(folder, f) for folder, _, files in os.walk(path) for f in files]
+    found = [os.path.join(folder, f) for folder, _, files in os.walk(path, onerror=stop_at) for f in files]
     files = sorted(f for f in found if f.endswith(SUFFIXES))
+    if odd := [f for f in files if not os.path.isfile(f)]:
+        raise DataError(f"{odd[0]}: is no file that can be read (a FIFO, a device, a link to nothing); move it away")
     if not files:
         raise DataError(f"{path}: no file ending in {', '.join(SUFFIXES)} among {len(found)} files here")
     if len(files) < len(found):
         print(f"{path}: {len(files)} text files; {len(found) - len(files)} others are left out")
     return files
+
+
+def stop_at(error):
+    """A folder that cannot be looked into: its text must not be missing in silence."""
+    raise error
 
 
 def file_documents(files, text_key):
@@ -223,8 +231,9 @@ def text_sha256(dataset):
     return hashlib.sha256("".join(sha256_file(f) for f in text_files(dataset)).encode()).hexdigest()
 
 
-def pieces(chunks, separator):
-    """Split a stream of bytes at a separator, which may lie across chunks."""
+def pieces(chunks, separator, name=None):
+    """Split a stream of bytes at a separator, which may lie across chunks. With the file's name, no piece may be longer
+    than LINE_BYTES: raises DataError."""
     held = bytearray()
     for chunk in chunks:
         start = max(0, len(held) - len(separator) + 1)
@@ -232,6 +241,8 @@ def pieces(chunks, separator):
         if held.find(separator, start) >= 0:
             *whole, held = held.split(separator)
             yield from map(bytes, whole)
+        if name is not None and len(held) > LINE_BYTES:
+            raise DataError(f"{name}: a line of more than {LINE_BYTES} bytes: not JSON lines")
     yield bytes(held)
 
 
@@ -244,13 +255,13 @@ def plain_texts(chunks):
 
 def json_texts(chunks, name, text_key):
     """The field `text_key` of every row of JSON lines."""
-    for number, line in enumerate(pieces(chunks, b"\n"), 1):
+    for number, line in enumerate(pieces(chunks, b"\n", name), 1):
         if not line.strip():
             continue
         try:
             text = json.loads(line)[text_key]
-        except (json.JSONDecodeError, UnicodeDecodeError) as e:
-            raise DataError(f"{name}: line {number} is not JSON ({e})") from None
+        except (ValueError, RecursionError) as e:
+            raise DataError(f"{name}: line {number} is not JSON ({' '.join(str(e).split())})") from None
         except (KeyError, TypeError):
             raise DataError(f"{name}: line {number} has no field {text_key!r}; name it by --text_key=") from None
         if not isinstance(text, str):

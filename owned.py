@@ -47,8 +47,8 @@ NAMES = {  # what it is: what its own names look like, as paths within the folde
     "run": RUN,
     "corpus": CORPUS,
     "results": rf"(results\.json|lm_eval\.json|score_vs_step\.png|{re.escape(MARK)})",
-    "drill": rf"((dis|undis)turbed(\.log|/{RUN})?|data(\.tmp|\.old)?(/{CORPUS})?|text(/[ab]\.txt)?|"
-    rf"kept(/{STEP})?|{re.escape(MARK)})",
+    "drill": rf"((dis|undis)turbed(\.log|/{RUN}|/(broken-)?step-\d{{8,}}(-\d+)?/\.DS_Store)?|"
+    rf"data(\.tmp|\.old)?(/{CORPUS})?|text(/[ab]\.txt)?|kept(/{STEP})?|{re.escape(MARK)})",
 }
 
 

@@ -49,6 +49,7 @@ data_dir = ""  # a corpus made with the checkpoint's tokenizer; "": the one it w
 device = "auto"  # 'cpu' | 'cuda' | 'mps'; 'auto': the best there is
 dtype = "float32"  # or 'bfloat16': autocast outside the mappings
 
+PROMPT_BYTES = 1 << 26
 RULES = {
     "num_samples": at_least(1, 10**5),
     "max_new_tokens": at_least(1, 10**6),
@@ -148,16 +149,23 @@ def read_prompt(prompt):
     """The text that the setting `prompt` stands for."""
     try:
         if prompt.startswith("FILE:"):
-            with open(prompt[5:], encoding="utf-8", newline="") as f:
-                return f.read()
+            with open(prompt[5:], "rb") as f:  # it may be a pipe, as of <(command)
+                return bounded(f).decode()
         if not prompt and sys.stdin and is_piped(sys.stdin):
             note("reading the prompt from stdin")
-            return sys.stdin.buffer.read().decode()
+            return bounded(sys.stdin.buffer).decode()
     except OSError as e:
         fail(f"prompt={prompt!r}: the file cannot be read ({e.strerror})")
     except UnicodeDecodeError as e:
         fail(f"prompt={prompt or 'stdin'!r}: wanted UTF-8, got a byte that is not at {e.start} ({e.reason})")
     return prompt
+
+
+def bounded(f):
+    """All of a file of at most PROMPT_BYTES."""
+    if len(data := f.read(PROMPT_BYTES + 1)) > PROMPT_BYTES:
+        fail(f"prompt={prompt or 'stdin'!r}: wanted at most {PROMPT_BYTES} bytes")
+    return data
 
 
 def is_piped(stream):

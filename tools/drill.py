@@ -1,7 +1,7 @@
 """Break a training run on purpose, over and over, and show that nothing is lost but the steps since the last save.
 
     python tools/drill.py --rounds=50              # about 20 minutes on two cores; `make drill`
-    python tools/drill.py --rounds=12 --seed=3     # every kind of fault once
+    python tools/drill.py --rounds=16 --seed=3     # every kind of fault once
 
 One tiny run of `ranks` gloo processes under torchrun --max-restarts is disturbed once a round, in the middle of
 training or of a save. After each fault the run has to come back, through torchrun or through the same command given
@@ -11,8 +11,12 @@ if the run did not come back, came back from an older checkpoint than it had, sa
 the final losses differ from a step of that round on. Exit code 0 only if none is lost. Linux only (/proc, prlimit).
 
     kill -9 of     one process | all processes | all and torchrun too (a power failure); each also inside a save
-    full disk      one process may not write files of more than 20 kB from now on (RLIMIT_FSIZE)
-    damage         a shard of the newest checkpoint truncated | one bit of one of its files flipped
+    full disk      one process may not write files of more than 20 kB from now on (RLIMIT_FSIZE) | process 0 cannot
+                   write the next record into metrics.jsonl
+    damage         a shard of the newest checkpoint truncated | one bit of one of its files flipped | all checkpoints
+                   broken: the run has to stop with one line and change nothing, until they are put back
+    unreadable     a shard is behind a link to a disk that is not mounted: as before, until it is put back
+    strangers      a file that is not ours in the newest checkpoint's folder: it is ignored, and survives
     SIGTERM        to torchrun | to one process: the step is finished and saved, the processes exit with 0
     hang           one process is stopped (SIGSTOP): rank_timeout has to end the run with a clear message
 """
@@ -26,12 +30,10 @@ import program
 if __name__ == "__main__":
     program.begin()  # before torch, and before anything that takes long to import
 
-import json
 import os
 import random
 import re
 import resource
-import shutil
 import signal
 import subprocess
 import threading
@@ -41,13 +43,15 @@ import uuid
 from safetensors.torch import load_file
 
 import checkpoint
+import owned
 from configurator import above, at_least, configure, one_of, some
+from records import Missing, RecordError, read_lines
 
 rounds = 50  # faults
 ranks = 4  # processes
 parallel = "fsdp"  # how they share the model: 'ddp' | 'fsdp'
 seed = 0  # of the faults
-folder = "out/drill"  # emptied first
+folder = "out/drill"  # emptied first, if an earlier drill has made it
 checkpoint_interval = 4  # steps
 rank_timeout = 12  # seconds that a hanging process is waited for
 minutes = 60.0  # the drill gives up after these; rounds not made are lost
@@ -121,11 +125,12 @@ class Run:
     def __init__(self, name, data):
         self.out_dir, self.log, self.data = os.path.join(folder, name), os.path.join(folder, f"{name}.log"), data
         self.torchrun, self.read_from, self.done, self.saved = None, 0, 0, 0
+        self.strangers = []  # files that are not ours, put into its folders
 
-    def start(self, max_steps=FOR_EVER):
+    def start(self, max_steps=FOR_EVER, restarts=1000):
         """torchrun, which brings the run back by itself after a fault that it survives."""
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        command += ["--max-restarts=1000", "--shutdown-timeout=5", "train.py", *TINY, f"--parallel={parallel}"]
+        command += [f"--max-restarts={restarts}", "--shutdown-timeout=5", "train.py", *TINY, f"--parallel={parallel}"]
         command += [f"--batch_size={ranks}", f"--rank_timeout={rank_timeout}", f"--data_dir={self.data}"]
         command += [f"--out_dir={self.out_dir}", f"--max_steps={max_steps}"]
         command += [f"--checkpoint_interval={checkpoint_interval}"]
@@ -154,19 +159,13 @@ class Run:
         self.done, self.saved = self.step(), max(self.checkpoints(), default=0)
 
     def records(self):
-        """metrics.jsonl; a line that is being written is left out."""
+        """metrics.jsonl; a line that is being written is left out. Raises Lost if another is damaged."""
         try:
-            with open(os.path.join(self.out_dir, "metrics.jsonl")) as f:
-                lines = f.read().split("\n")[:-1]
-        except FileNotFoundError:
+            return list(read_lines(os.path.join(self.out_dir, "metrics.jsonl"), going_on=True))
+        except Missing:
             return []
-        found = []
-        for line in lines:
-            try:
-                found.append(json.loads(line))
-            except ValueError:  # cut off by a full disk, with a later record behind it
-                continue
-        return found
+        except RecordError as e:
+            raise Lost(str(e)) from None
 
     def step(self):
         """Steps done, by the records."""
@@ -239,6 +238,76 @@ def full_disk(run, rng):
     return f"full disk under process {victim}"
 
 
+def full_metrics(run, rng):
+    """Not one record more than there is."""
+    limit = os.path.getsize(os.path.join(run.out_dir, "metrics.jsonl")) + 10
+    resource.prlimit(workers()[0], resource.RLIMIT_FSIZE, (limit, limit))
+    run.wait("a message about the full disk", lambda: "File too large" in run.said())
+    if "metrics.jsonl could not be written" not in run.said() and "could not be saved" not in run.said():
+        raise Lost("the full disk was not reported")
+    return f"full disk at byte {limit} of metrics.jsonl"
+
+
+def stranger(run, rng):
+    """A file manager has been in the folder of the newest checkpoint; then the power fails."""
+    run.wait("a checkpoint", run.checkpoints)
+    power_failure(run, rng)
+    newest = checkpoint.step_folders(run.out_dir)[-1]
+    path = os.path.join(newest, ".DS_Store")
+    with open(path, "w") as f:
+        f.write("not ours")
+    run.strangers.append(path)
+    return f"a stranger's file in {os.path.basename(newest)}, then kill -9 of all"
+
+
+def must_refuse(run, words):
+    """Start the run, which must stop with one line and leave everything as it is."""
+
+    def state():
+        paths = [p for p in Path(run.out_dir).rglob("*") if p.name not in (".lock", "latest")]
+        return {p: p.read_bytes() for p in paths if p.is_file()} | {p: None for p in paths if not p.is_file()}
+
+    before = state()
+    run.new_page()
+    run.start(restarts=0)
+    run.wait("the run to refuse", lambda: run.torchrun.poll() is not None and not workers())
+    said = [line for line in run.said().splitlines() if line.startswith("error:")]
+    if len(said) != 1 or words not in said[0]:
+        raise Lost(f"wanted one line with {words!r}, got {said}")
+    if state() != before:
+        raise Lost("a start that was refused changed something")
+
+
+def unreadable(run, rng):
+    """A shard of the newest checkpoint lies on a disk that is not mounted."""
+    run.wait("a checkpoint", run.checkpoints)
+    power_failure(run, rng)
+    newest = checkpoint.step_folders(run.out_dir)[-1]
+    path = os.path.join(newest, rng.choice([n for n in sorted(os.listdir(newest)) if n.startswith("shard")]))
+    kept = os.path.join(folder, "kept", os.path.basename(path))
+    os.makedirs(os.path.dirname(kept), exist_ok=True)
+    os.rename(path, kept)
+    os.symlink("/not/mounted", path)
+    must_refuse(run, "is a link to /not/mounted, which is not there")
+    os.remove(path)
+    os.rename(kept, path)
+    return f"{os.path.relpath(path, run.out_dir)} could not be read"
+
+
+def all_broken(run, rng):
+    """Every checkpoint is damaged; afterwards copies are put back."""
+    run.wait("a checkpoint", run.checkpoints)
+    power_failure(run, rng)
+    shards = [p for p in sorted(Path(run.out_dir).glob("step-*/shard*"))]
+    whole = {p: p.read_bytes() for p in shards}
+    for p in shards:
+        os.truncate(p, rng.randrange(len(whole[p])))
+    must_refuse(run, "checkpoints can be used")
+    for p, content in whole.items():
+        p.write_bytes(content)
+    return f"all of {len(run.checkpoints())} checkpoints damaged"
+
+
 def damage(run, rng, how):
     """Stop everything, spoil the newest checkpoint and start again: it must be named and not used.
 
@@ -305,7 +374,8 @@ def hang(run, rng):
 
 FAULTS = [
     kill_one, inside_a_save(kill_one), power_failure, truncated, hang, inside_a_save(power_failure), flipped,
-    sigterm_torchrun, full_disk, inside_a_save(kill_all), sigterm_one, kill_all,
+    sigterm_torchrun, full_disk, inside_a_save(kill_all), sigterm_one, kill_all, unreadable, stranger, all_broken,
+    full_metrics,
 ]  # fmt: skip
 
 
@@ -342,6 +412,8 @@ def one_round(run, fault, rng):
     if spoilt and "is broken and not used" not in run.said():
         raise Lost(f"{what}: the damage was not reported")
     run.wait_for_step(at + 1)
+    if gone := [p for p in run.strangers if not os.path.exists(p)]:
+        raise Lost(f"{what}: a file that was not ours is gone: {gone[0]}")
     again = f", {run.done - at} steps to do again" if run.done > at else ""
     return f"{what}, at step {run.done}; back from {at} in {time.monotonic() - start:.1f} s{again}"
 
@@ -393,7 +465,7 @@ def finish(run, straight):
 def corpus():
     """A few thousand bytes of text, prepared."""
     text = os.path.join(folder, "text")
-    os.makedirs(text)
+    os.mkdir(text)
     for part in ("a", "b"):
         with open(os.path.join(text, f"{part}.txt"), "w") as f:
             f.write(" ".join(f"{part}{i} times {j} is {i * j}." for i in range(40) for j in range(30)))
@@ -440,10 +512,13 @@ def drill():
 
 
 def main():
+    global folder
     configure(globals(), RULES)
+    folder = os.path.abspath(folder)
     os.chdir(Path(__file__).resolve().parent.parent)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.makedirs(folder)
+    owned.check_removable(folder, "drill")
+    owned.remove(folder, "drill")
+    owned.make(folder, "drill")
     try:
         lost = drill()
     finally:  # after Ctrl-C and SIGTERM too: no orphans
@@ -453,4 +528,4 @@ def main():
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, owned.NotOurs)
