@@ -327,11 +327,9 @@ def run_cell(config, cell, folder):
         running.discard(process)
     with open(log) as f:
         last = (f.read().strip().splitlines() or [""])[-1]
-    if stopping.is_set() and code in (-signal.SIGTERM, 128 + signal.SIGTERM):
-        return None  # it was not in its loop yet, or no more
     broke = "were not finite" in last
     if code and stopping.is_set() and not broke:
-        return None  # asked to stop before it was listening
+        return None  # asked to stop when it was not in its loop yet, or no more
     if code and not broke:
         raise RuntimeError(f"{name_of(cell)}: train.py ended with {code}: {last} ({log}); mend it and run this again")
     if not broke and "stopped by a signal" in last:
