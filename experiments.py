@@ -37,6 +37,7 @@ import torch
 
 import train
 from configurator import at_least, configure, fail, read_file
+from model import CHOICES, RESIDUALS
 from owned import whole_file, write_json
 
 jobs = 1  # cells at a time, a thread each
@@ -181,9 +182,9 @@ def name_of(cell):
 
 def cells_of(experiment):
     """-> the cells that train.py has the settings for; says which it has not."""
-    possible, missing = [], {}
+    possible, missing, known = [], {}, CHOICES | {"residual": RESIDUALS}
     for cell in EXPERIMENTS[experiment].cells():
-        lacks = [k for k, v in cell.items() if k not in vars(train) or k in train.RULES and not train.RULES[k][0](v)]
+        lacks = [k for k, v in cell.items() if k not in vars(train) or v not in known.get(k, [v])]
         if lacks:
             missing.setdefault(", ".join(f"{k}={cell[k]!r}" for k in lacks), []).append(cell)
         else:

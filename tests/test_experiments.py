@@ -70,10 +70,10 @@ def test_a_folder_of_someone_elses_and_a_run_that_fails_are_named_and_nothing_is
     (folder / "mine.txt").write_text("keep me")
     cells = experiments.grid(residual="baseline", seed=2) + [dict(n_head=2, n_embd=-1)]
     experiments.EXPERIMENTS["tiny"] = experiments.EXPERIMENTS["tiny"]._replace(cells=lambda: cells)
-    assert experiments.run("tiny") == 1
+    assert experiments.run("tiny") == 2
     out = capsys.readouterr().out
     assert "was not made by experiments.py; move it away" in out and (folder / "mine.txt").exists()
-    assert "1 cells are left out: train.py does not have n_embd=-1" in out
+    assert "n_head=2,n_embd=-1: train.py ended with 2: error: " in out and "mend it and run this again" in out
     shutil.rmtree(folder)
 
 
