@@ -39,13 +39,15 @@ SHARD = r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors"
 STEP = rf"({SHARD}|state\.json|manifest\.json)"
 CORPUS = rf"((train|val)_\d{{6,}}\.bin|meta\.json|tokenizer\.json|journal\.json|{re.escape(MARK)})"
 RUN = (
-    r"(config\.json|metrics\.jsonl|metrics-dropped\.jsonl|maps\.npz|trace\.json|latest|\.lock|"
+    r"(config\.json|settings\.py|metrics\.jsonl|metrics-dropped\.jsonl|maps\.npz|trace\.json|latest|\.lock|"
     rf"(\.tmp-|\.tmp-old-|broken-)?step-\d{{8,}}(-\d+)?(/{STEP})?|{re.escape(MARK)})"
 )
 NAMES = {  # what it is: what its own names look like, as paths within the folder
     "step": STEP,
     "run": RUN,
     "corpus": CORPUS,
+    "huggingface": r"(config\.json|model(-\d{5,}-of-\d{5,})?\.safetensors|model\.safetensors\.index\.json|"
+    rf"tokenizer(_config)?\.json|{re.escape(MARK)})",
     "results": rf"(results\.json|lm_eval\.json|score_vs_step\.png|{re.escape(MARK)})",
     "drill": rf"((dis|undis)turbed(\.log|/{RUN}|/(broken-)?step-\d{{8,}}(-\d+)?/\.DS_Store)?|"
     rf"data(\.tmp|\.old)?(/{CORPUS})?|text(/[ab]\.txt)?|kept(/{STEP})?|{re.escape(MARK)})",
