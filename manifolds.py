@@ -17,8 +17,8 @@ H_pre and H_post are the same in all. As everywhere x_out[i] = sum_j H_res[i, j]
 stand in row-major order. All but Sinkhorn's are exact, and doubly stochastic to rounding at any logit. Arithmetic is in
 fp32, or fp64 when the logits are, and the gradient is autograd's.
 
-The first logits are near the identity. None are exactly there, since each of these formulas is flat at the identity
-(a sigmoid or softmax saturates, a square has no slope at 0): H_res would get no gradient.
+The first logits are near the identity. Those that are learned are not exactly there, since each of these formulas is
+flat at the identity (a sigmoid or softmax saturates, a square has no slope at 0): H_res would get no gradient.
 """
 
 import itertools
@@ -121,6 +121,7 @@ class Manifold:
     n_logits: Callable  # n -> how many logits one H_res takes
     H_res: Callable  # logits (..., n_logits(n)), n -> (..., n, n)
     first: Callable  # n -> the first logits, (n_logits(n),) in fp32
+    fixed: Callable  # n -> logits of which H_res is exactly I in fp32, where it is not learned
     why_not: Callable = lambda n: None  # n -> what keeps it from n streams, None if nothing does
 
 
@@ -142,24 +143,39 @@ def no_power_of_2(n):
     return "a power of 2 of streams, since it is a product of 2 x 2 matrices" if n & (n - 1) else None
 
 
+def one_of_all(n, away):
+    """Logits of permutations: 0 at the identity, which comes first, and `away` elsewhere."""
+    return torch.tensor([0.0] + [away] * (math.factorial(n) - 1))
+
+
+def diagonal(n, on, off):
+    return (on - off) * torch.eye(n).flatten() + off
+
+
 MANIFOLDS = {
     # 6I - 3 is the paper's A.6: .993 on the diagonal of 4 streams. 0 and -8 are mHC-lite's and KromHC's, the rest ours
-    "sinkhorn": Manifold(lambda n: n * n, sinkhorn, lambda n: (6 * torch.eye(n) - 3).flatten()),
-    "identity": Manifold(lambda n: 0, identity, lambda n: torch.empty(0)),
+    "sinkhorn": Manifold(lambda n: n * n, sinkhorn, lambda n: diagonal(n, 3, -3), lambda n: diagonal(n, 200, 0)),
+    "identity": Manifold(lambda n: 0, identity, lambda n: torch.empty(0), lambda n: torch.empty(0)),
     "permutations": Manifold(
-        math.factorial,
-        permutations,
-        lambda n: torch.tensor([0.0] + [-8.0] * (math.factorial(n) - 1)),
-        too_many_permutations,
+        math.factorial, permutations, lambda n: one_of_all(n, -8), lambda n: one_of_all(n, -200), too_many_permutations
     ),
     "kronecker": Manifold(
-        lambda n: n.bit_length() - 1, kronecker, lambda n: torch.full((n.bit_length() - 1,), -8.0), no_power_of_2
+        lambda n: n.bit_length() - 1,
+        kronecker,
+        lambda n: torch.full((n.bit_length() - 1,), -8.0),
+        lambda n: torch.full((n.bit_length() - 1,), -200.0),
+        no_power_of_2,
     ),
     "orthostochastic": Manifold(
-        lambda n: BLOCK * n * (BLOCK * n - 1) // 2, orthostochastic, first_orthostochastic
+        lambda n: BLOCK * n * (BLOCK * n - 1) // 2,
+        orthostochastic,
+        first_orthostochastic,
+        lambda n: torch.zeros(BLOCK * n * (BLOCK * n - 1) // 2),
     ),
-    "budget": Manifold(lambda n: (n - 1) ** 2, budget, lambda n: (12 * torch.eye(n - 1) - 6).flatten()),
-}  # fmt: skip
+    "budget": Manifold(
+        lambda n: (n - 1) ** 2, budget, lambda n: diagonal(n - 1, 6, -6), lambda n: diagonal(n - 1, 200, -200)
+    ),
+}
 
 
 def check_manifold(name, n):

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
+from manifolds import MANIFOLDS, check_manifold
 from mhc import mhc_coeffs, mhc_post_res, mhc_pre, mhc_step
 from mhc_ref import map_dtype
 
@@ -66,6 +67,7 @@ class GPTConfig:
     # residual connection
     residual: str = "mhc"
     n_streams: int = 4
+    manifold: str = "sinkhorn"  # that mHC's H_res is on: see manifolds.py
     sinkhorn_iters: int = 20
     alpha_init: float = 0.01
     maps_init: str = "home"  # of mHC's b: 'home' | 'paper' (appendix A.6), see GPT.initial_value
@@ -80,7 +82,7 @@ class GPTConfig:
         for name, (low, high) in RANGES.items():
             if not low <= getattr(self, name) <= high:  # not <: NaN is refused too
                 raise ValueError(f"{name}={getattr(self, name)}: wanted at least {low:g} and at most {high:g}")
-        for name, known in (CHOICES | {"residual": RESIDUALS}).items():
+        for name, known in (CHOICES | {"residual": RESIDUALS, "manifold": MANIFOLDS}).items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: wanted one of {', '.join(map(repr, known))}")
         if self.qk_rope_head_dim % 2:
@@ -130,11 +132,6 @@ class Residual(nn.Module):
     @staticmethod
     def check(config):
         """Raise ValueError, `name=value: wanted ...`, for settings that this kind cannot have."""
-
-    @staticmethod
-    def closed_carry(config, B, T):
-        """The carry that `close` hands on, without values (on the meta device); None if it is None. For pipeline.py."""
-        return None
 
     def forward(self, x, y, carry):
         """The boundary: close the sublayer before, read for this one. x (..., n, C); y (..., C) the output of the one
@@ -292,28 +289,36 @@ class HC(HyperConnection):
     def kept_bytes(config, e):
         """No fused kernel: the streams also in fp32 and normed, for the mappings and for H_pre x."""
         n, C = config.n_streams, config.n_embd
-        return HyperConnection.kept_bytes(config, e) + 4 * (2 if e == 2 else 1) * n * C + projection_bytes(n)
+        return HyperConnection.kept_bytes(config, e) + 4 * (2 if e == 2 else 1) * n * C + projection_bytes(n, n * n)
 
 
 class MHC(HyperConnection):
     """Manifold-Constrained Hyper-Connections (Eq 7-9): H_res doubly stochastic, H_pre and H_post sigmoids.
 
-    phi (nC, n^2+2n), alpha (3,), b (n^2+2n,), all in the order pre | post | res, mat(.) row-major.
+    phi (nC, n^2+2n), alpha (3,), b (n^2+2n,), all in the order pre | post | res, mat(.) row-major. Another manifold
+    (manifolds.py) takes Sinkhorn's place, and with it another number of logits that of n^2.
     """
 
     res_weight, saturates = "phi_res", True
 
     def __init__(self, config, s):
         super().__init__(config, s)
+        n, manifold = self.n, MANIFOLDS[config.manifold]
+        self.sizes = (n, n, manifold.n_logits(n))
+        self.manifold = None if config.manifold == "sinkhorn" else partial(manifold.H_res, n=n)
         self.alpha = nn.Parameter(torch.empty(3))
         self.b = nn.Parameter(torch.empty(sum(self.sizes)))
         self.phi = nn.Parameter(torch.empty(config.n_streams * config.n_embd, sum(self.sizes)))
         self.sinkhorn_iters = config.sinkhorn_iters
-        # collapse='sum' after the last sublayer: its H_res acts through its column sums alone
-        self.is_summed = s == 2 * config.n_layer - 1 and config.collapse == "sum"
+        self.is_summed = self.ends_in_a_sum() and self.manifold is None
+
+    def ends_in_a_sum(self):
+        """Whether collapse='sum' comes after this sublayer, the last: its H_res acts through its column sums alone."""
+        return self.s == 2 * self.config.n_layer - 1 and self.config.collapse == "sum"
 
     @staticmethod
     def check(config):
+        check_manifold(config.manifold, config.n_streams)
         if "post" not in config.learned_maps:
             raise ValueError(
                 f"learned_maps={config.learned_maps!r}: with H_post = 1 every stream gets the same, and a row-"
@@ -323,8 +328,10 @@ class MHC(HyperConnection):
 
     def live_maps(self):
         """Before the first sublayer all streams are equal, so a row-stochastic H_res changes nothing, whatever the
-        weights; nor does it with one stream. The last sublayer's: see cut_converged."""
-        return not self.pre_is_a_scale(), True, self.s > 0 and self.n > 1
+        weights; nor does it with one stream, or if it is fixed. In the last under collapse='sum' an exactly doubly
+        stochastic one changes nothing; Sinkhorn's: see cut_converged."""
+        fixed = self.config.manifold == "identity" or self.config.manifold != "sinkhorn" and self.ends_in_a_sum()
+        return not self.pre_is_a_scale(), True, self.s > 0 and self.n > 1 and not fixed
 
     def projection(self):
         """phi, alpha, b with the maps that have no effect cut out."""
@@ -332,28 +339,33 @@ class MHC(HyperConnection):
 
     def maps(self, x):
         with torch.autocast(x.device.type, enabled=False):
-            return mhc_coeffs(x, *self.projection(), self.sinkhorn_iters, self.eps)
+            return mhc_coeffs(x, *self.projection(), self.sinkhorn_iters, self.eps, manifold=self.manifold)
 
     def forward(self, x, y, carry):
         """HyperConnection's in one fused operation."""
         H_post, H_res = carry or (None, None)
         with torch.autocast(x.device.type, enabled=False):
+            options = {"impl": self.impl, "manifold": self.manifold}
             x, x_in, H_post, H_res = mhc_step(
-                x, y, H_post, H_res, *self.projection(), self.sinkhorn_iters, self.eps, self.impl
+                x, y, H_post, H_res, *self.projection(), self.sinkhorn_iters, self.eps, **options
             )
         return x, x_in, (H_post, cut_converged(H_res) if self.is_summed else H_res)
 
     def first_value(self, name, shape, generator):
         if name == "phi":
             return torch.empty(shape).normal_(0, 0.02, generator=generator)
-        one_hot, zeros, eye = torch.eye(self.n)[self.s % self.n], torch.zeros(self.n), torch.eye(self.n).flatten()
+        one_hot, zeros = torch.eye(self.n)[self.s % self.n], torch.zeros(self.n)
+        manifold = MANIFOLDS[self.config.manifold]
+        res = manifold.first(self.n)
+        if self.config.manifold == "sinkhorn" and self.config.maps_init == "home":
+            res = 2 * torch.eye(self.n).flatten() - 2
         value = {
             "alpha": torch.full((3,), self.config.alpha_init),
-            "home": torch.cat((8 * one_hot - 4, 4 * one_hot - 2, 2 * eye - 2)),
-            "paper": torch.cat((3 * one_hot - 3, zeros, 6 * eye - 3)),
+            "home": torch.cat((8 * one_hot - 4, 4 * one_hot - 2, res)),
+            "paper": torch.cat((3 * one_hot - 3, zeros, res)),
         }[self.config.maps_init if name == "b" else name]
         nearly_one_nth = (zeros + 1 / self.n).logit(1e-6)  # one stream: its factor is nothing to the pre-norm
-        return self.fixed(name, value, torch.cat((nearly_one_nth, zeros, 200 * eye)))  # exp(-200) is 0 in fp32
+        return self.fixed(name, value, torch.cat((nearly_one_nth, zeros, manifold.fixed(self.n))))
 
     def res_gradient(self):
         """None for the last one under collapse='sum' too: there a small one is no reason for an alarm."""
@@ -362,7 +374,8 @@ class MHC(HyperConnection):
 
     @staticmethod
     def kept_bytes(config, e):
-        return HyperConnection.kept_bytes(config, e) + projection_bytes(config.n_streams)
+        n_logits = MANIFOLDS[config.manifold].n_logits(config.n_streams)
+        return HyperConnection.kept_bytes(config, e) + projection_bytes(config.n_streams, n_logits)
 
 
 def cut_converged(H_res):
@@ -377,9 +390,9 @@ def cut_converged(H_res):
     return torch.where(converged[..., None, None], H_res.detach(), H_res)
 
 
-def projection_bytes(n):
+def projection_bytes(n, n_logits):
     """The projections and r, fp32."""
-    return 4 * (n * n + 2 * n) + 4
+    return 4 * (2 * n + n_logits) + 4
 
 
 RESIDUALS = {"baseline": Baseline, "hc": HC, "mhc": MHC}
@@ -792,26 +805,18 @@ class GPT(nn.Module):
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # untied
 
-    def blocks(self):
-        """(number, block) of the blocks that are here: all of them, but in a pipeline (pipeline.py)."""
-        return [(i, block) for i, block in enumerate(self.layers) if block is not None]
-
-    def sublayers(self, positions, cache=None, within=None):
-        """The 2L triples (residual connection, norm, F) in order, or those of the blocks `within` alone.
-
-        positions (B or 1, T)."""
+    def sublayers(self, positions, cache=None):
+        """The 2L triples (residual connection, norm, F) in order. positions (B or 1, T)."""
         c = self.config
         rope = rope_angles(positions, c.qk_rope_head_dim, c.rope_theta)
-        for i, block in self.blocks():
-            if within is not None and i not in within:
-                continue
+        for i, block in enumerate(self.layers):
             attend = partial(block.self_attn, rope=rope, cache=cache, layer=i)
             yield block.attn_residual, block.input_layernorm, attend
             yield block.mlp_residual, block.post_attention_layernorm, block.mlp
 
     def residuals(self):
         """The 2L residual connections in order."""
-        return [r for _, block in self.blocks() for r in (block.attn_residual, block.mlp_residual)]
+        return [r for block in self.layers for r in (block.attn_residual, block.mlp_residual)]
 
     def embed(self, idx):
         """idx (B, T) -> streams x (B, T, n, C), in the dtype that the sublayers compute in (Eq 11: bf16 under bf16)."""
@@ -828,10 +833,6 @@ class GPT(nn.Module):
         x, carry = self.run_sublayers(self.embed(idx), self.sublayers(positions, cache), look)
         if cache is not None:
             cache.advance(idx.shape[1])
-        return self.exit(x, carry)
-
-    def exit(self, x, carry):
-        """The streams after the last sublayer (B, T, n, C), and their carry -> the final norm's output (B, T, C)."""
         collapse = RESIDUALS[self.config.residual].collapse
         return self.norm(self.collapse_head(x) if self.collapse_head else collapse(x, carry))
 
@@ -877,12 +878,12 @@ class GPT(nn.Module):
     # --- experts ---
 
     def gates(self):
-        return [block.mlp.gate for _, block in self.blocks() if isinstance(block.mlp, MoE)]
+        return [block.mlp.gate for block in self.layers if isinstance(block.mlp, MoE)]
 
     def expert_load(self):
         """(MoE blocks, E) tokens per expert since the bias was last moved; empty without MoE."""
         loads = [gate.load for gate in self.gates()]
-        return torch.stack(loads) if loads else torch.zeros(0, 0, device=next(self.parameters()).device)
+        return torch.stack(loads) if loads else torch.zeros(0, 0, device=self.embed_tokens.weight.device)
 
     @torch.no_grad()
     def update_expert_bias(self, gamma, load):
@@ -927,6 +928,7 @@ class GPT(nn.Module):
         | mHC b, 'paper': pre  | 0 at h, -3 elsewhere: H_pre .5, .05    | A.6: starts as the baseline, and yet       |
         |                post  | 0: H_post 1                            | sublayers tell the streams apart           |
         |                res   | 3 on the diagonal, -3 elsewhere        | H_res .993 on, .002 off: keeps what it has |
+        | other manifolds: res | `first` in manifolds.py: as 'paper'    | whatever maps_init is                      |
         | head b               | 0                                      | every stream at one half                   |
         | not in learned_maps  | alpha 0; b at H_pre 1/n, H_post 1, I   | and never learned: Table 1                 |
 

@@ -109,7 +109,7 @@ def group_sizes(model, without=()):
 
 def cut_experts(model, s):
     """The experts' parameters that expert_parallel.py cuts; none without it."""
-    return [p for _, b in model.blocks() if hasattr(b.mlp, "experts") for p in b.mlp.experts.parameters()
+    return [p for b in model.layers if hasattr(b.mlp, "experts") for p in b.mlp.experts.parameters()
             if s["expert_size"] > 1]  # fmt: skip
 
 
@@ -208,7 +208,8 @@ def report(config, s):
     print(f"steps={s['max_steps']}  tokens={tokens}  ({tokens / 1e9:.1f}B)")
     print(f"days={days:.1f} on {world} x {s['plan_device']} at plan_mfu={s['plan_mfu']} of {peak / 1e12:.0f} TFLOP/s")
     if RESIDUALS[config.residual].has_maps:
-        first = f"maps_init={config.maps_init!r}, " if issubclass(RESIDUALS[config.residual], MHC) else ""
+        mhc = issubclass(RESIDUALS[config.residual], MHC)
+        first = f"manifold={config.manifold!r}, maps_init={config.maps_init!r}, " if mhc else ""
         print(
             f"maps: {first}LR of alpha and b {s['lr'] * s['maps_lr_scale']:.3g} (maps_lr_scale={s['maps_lr_scale']:g})"
         )

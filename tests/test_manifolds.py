@@ -1,4 +1,5 @@
-"""The manifolds of H_res against references written from the papers' equations in numpy, in double precision."""
+"""The manifolds of H_res against references written from the papers' equations in numpy, in double precision; and each
+as a setting of the model."""
 
 import itertools
 import math
@@ -7,7 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+import checkpoint
+import plan
+import recompute
+from gains import alarms, gains, heat_maps, res_gradients, stream_spread
 from manifolds import MANIFOLDS, check_manifold
+from model import GPT, MHC, GPTConfig
+from parallel import Ranks
+from sample import generate
+from tests.ranks import run_ranks
+from tests.test_plan import LAYOUT
 
 CASES = [(name, n) for name, m in MANIFOLDS.items() for n in (1, 2, 3, 4, 8) if m.why_not(n) is None]
 SEVERAL = [(name, n) for name, n in CASES if n > 1]
@@ -144,6 +154,11 @@ def test_at_the_first_logits_h_res_can_move_in_every_direction(name, n):
     assert torch.equal(unused, within) if (name, n) == ("orthostochastic", 2) else not unused.any()
 
 
+@pytest.mark.parametrize("name,n", CASES)
+def test_where_h_res_is_not_learned_it_is_the_identity(name, n):
+    assert torch.equal(MANIFOLDS[name].H_res(MANIFOLDS[name].fixed(n), n), torch.eye(n))
+
+
 @pytest.mark.parametrize("name", MANIFOLDS)
 def test_maps_are_fp32_whatever_the_logits(name):
     logits = some_logits(name, 4, 1, dtype=torch.bfloat16)
@@ -170,3 +185,113 @@ def test_refusals_say_what_is_wanted():
         check_manifold("sinkhron", 4)
     for name, n in CASES:
         check_manifold(name, n)
+
+
+# -- in the model -----------------------------------------------------------------------------------------------------
+
+SMALL = dict(
+    vocab_size=61, seq_len=16, n_layer=2, n_embd=24, n_head=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4,
+    v_head_dim=8, intermediate_size=40, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+    n_streams=4, init_std=0.1,
+)  # fmt: skip
+
+
+def make(manifold, impl=""):
+    """impl: '' takes the fused one for Sinkhorn, which is the only manifold that has one."""
+    impl = impl or ("auto" if manifold == "sinkhorn" else "ref")
+    model = GPT(GPTConfig(**SMALL, manifold=manifold, impl=impl))
+    model.init_weights(0)
+    return model
+
+
+def tokens(batch=2):
+    idx = torch.randint(SMALL["vocab_size"], (batch, SMALL["seq_len"] + 1), generator=torch.Generator().manual_seed(2))
+    return idx[:, :-1].contiguous(), idx[:, 1:].contiguous()
+
+
+def loss_and_gradients(model):
+    model.zero_grad()
+    loss = model(*tokens())[1]
+    loss.backward()
+    return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize("name", MANIFOLDS)
+def test_a_model_trains_on_every_manifold(name):
+    """Parameters, the equations, every live map moves and no dead one does; gains, heat maps, alarms."""
+    model, n, K = make(manifold=name), 4, MANIFOLDS[name].n_logits(4)
+    own = sum(p.numel() for r in model.residuals() for p in r.parameters())
+    assert own == 4 * (3 + (2 * n + K) * (1 + n * 24))  # alpha, b, phi
+    ref = make(manifold=name, impl="ref")
+    for a, b in zip(loss_and_gradients(model), loss_and_gradients(ref), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-3)
+    start = {key: p.detach().clone() for key, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-20, weight_decay=0)
+    for _ in range(3):
+        loss_and_gradients(model)
+        optimizer.step()
+    for s, r in enumerate(model.residuals()):
+        path = f"layers.{s // 2}.{'mlp' if s % 2 else 'attn'}_residual."
+        assert r.live[2] == (name != "identity" and 0 < s < 3 or name == "sinkhorn" and s == 3)
+        live = (*r.live[:2], r.live[2] and s < 3)  # Sinkhorn's last one learns what its truncation leaves: nothing here
+        for p, sizes in ((r.alpha, (1, 1, 1)), (r.b, r.sizes), (r.phi, r.sizes)):
+            by = (p.detach() - start[path + next(k for k, v in r.named_parameters() if v is p)]).abs().split(sizes, -1)
+            assert all((d > 0).all() if acts else (d == 0).all() for d, acts in zip(by, live, strict=True)), (s, by)
+    seen = model.look(tokens()[0], lambda residual, x: (residual.maps(x)[2], stream_spread(x)))
+    H_res, spreads = [H for H, _ in seen], [spread for _, spread in seen]
+    found = gains(H_res)
+    for of in ("single_fwd_max", "single_bwd_max", "composite_fwd_max", "composite_bwd_min"):
+        np.testing.assert_allclose(found[of], 1, atol=5e-3 if name == "sinkhorn" else 1e-5)
+    assert all(v.shape[-2:] == (n, n) for v in heat_maps(H_res).values())
+    assert alarms(MHC, res_gradients(model.residuals()), spreads, H_res) == []
+
+
+@pytest.mark.parametrize("name", MANIFOLDS)
+def test_recomputation_changes_no_bit_on_any_manifold(name):
+    model = make(manifold=name)
+    wanted = loss_and_gradients(model)
+    for mode, block in (("mhc", 1), ("mhc", 3), ("full", 2)):
+        recompute.apply(model, mode, block)
+        assert all(torch.equal(a, b) for a, b in zip(loss_and_gradients(model), wanted, strict=True)), (mode, block)
+
+
+@pytest.mark.parametrize("name", MANIFOLDS)
+def test_checkpoints_sampling_and_the_dry_run_know_every_manifold(name, tmp_path, capsys):
+    model = make(manifold=name)
+    checkpoint.save(str(tmp_path), 1, model, None, {}, vars(model.config))
+    back, _ = checkpoint.load_model(str(tmp_path))
+    assert back.config.manifold == name
+    prompt = tokens()[0][0, :5].tolist()
+    new = generate(back, [prompt], 6, temperature=0)[0]
+    for k in range(6):  # by the cache as by the whole model, from the weights as they were
+        assert model.eval()(torch.tensor([prompt + new[:k]]))[0][0, -1].argmax() == new[k]
+    s = LAYOUT | dict(parallel="none", plan_devices=1, recompute="mhc", batch_size=8, micro_batch_size=8, seq_len=16)
+    plan.report(model.config, s)
+    out = capsys.readouterr().out
+    assert f"params_total={sum(p.numel() for p in model.parameters())}\n" in out and f"manifold={name!r}" in out
+
+
+def sharded_equals_whole():
+    rank = torch.distributed.get_rank()
+    for name in MANIFOLDS:
+        wanted = loss_and_gradients(make(manifold=name))
+        with torch.device("meta"):
+            model = GPT(make(name).config)
+        recompute.apply(model, "mhc", 3)
+        ranks = Ranks("fsdp", rank, 2, torch.device("cpu"), 0, 60)
+        ranks.shard(model)
+        ranks.initialise(model, 0)
+        found = loss_and_gradients(model)  # the same tokens on both ranks
+        for a, b in zip(found, wanted, strict=True):
+            a = a.full_tensor() if hasattr(a, "full_tensor") else a
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
+
+
+def test_fsdp_trains_every_manifold_as_one_process_does():
+    run_ranks(2, sharded_equals_whole)
+
+
+def test_the_model_refuses_a_number_of_streams_that_a_manifold_cannot_take():
+    with pytest.raises(ValueError, match="manifold='permutations' with n_streams=8: wanted at most 4"):
+        GPTConfig(manifold="permutations", n_streams=8)
+    assert GPTConfig(manifold="permutations", n_streams=8, residual="hc").n_streams == 8  # HC is on none of them

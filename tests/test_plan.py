@@ -57,7 +57,7 @@ def test_memory_answers_to_the_layout(capsys):
 
 
 def test_the_rate_and_the_start_of_the_maps_are_told(capsys):
-    assert "maps: maps_init='home', LR of alpha and b 0.004 (maps_lr_scale=10)" in report(
+    assert "maps: manifold='sinkhorn', maps_init='home', LR of alpha and b 0.004 (maps_lr_scale=10)" in report(
         capsys, "mhc_27b", maps_lr_scale=10.0
     )
 
