@@ -289,12 +289,18 @@ def keyed(weights, moments):
     return tensors
 
 
+def of_all(tensors):
+    """{key: (shape, bytes)} of the tensors of all processes: in a pipeline each has its own."""
+    mine = {key: (t.shape, t.numel() * t.element_size()) for key, t in tensors.items()}
+    return {key: what for found in on_every_rank(lambda: mine) for key, what in found.items()}
+
+
 def file_of_each(tensors):
     """{key: number of the file it goes to, from 1}, so that no file of a process is much above FILE_BYTES."""
     files, filled = {}, 0
-    for key, t in tensors.items():
+    for key, (_, size) in of_all(tensors).items():
         files[key] = 1 + filled // FILE_BYTES
-        filled += t.numel() * t.element_size() // world()
+        filled += size // world()
     return files
 
 
@@ -524,7 +530,7 @@ def load(folder, model, optimizer=None):
         optimizer.zero_grad()  # with gradients there, torch would not make the state that is to be filled
         moments = get_optimizer_state_dict(model, optimizer)
     tensors = keyed(weights, moments["state"])
-    check_fit(folder, stored, {k: t.shape for k, t in tensors.items()})
+    check_fit(folder, stored, {k: shape for k, (shape, _) in of_all(tensors).items()})
     dcp_call(dcp.load, tensors, storage_reader=reader)  # in place: fills weights and moments
     set_model_state_dict(model, weights)  # as DCP's contract wants it, though today these are the same tensors
     if moments["state"]:

@@ -30,7 +30,7 @@ from model import Combine, Dispatch, MoE
 
 def apply(model, mesh):
     """Cut the experts of a GPT on the meta device over `mesh`, a one-dimensional device mesh of P ranks, in place."""
-    for block in model.layers:
+    for _, block in model.blocks():
         if not isinstance(block.mlp, MoE):
             continue
         for name, p in list(block.mlp.experts.named_parameters()):

@@ -272,11 +272,11 @@ def mhc_step(
     args = (x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps)
     if impl == "ref":
         return mhc_step_ref(*args, H_pre, manifold)
+    if impl == "eager":
+        return mhc_cpu.mhc_step(*args, H_pre, manifold)
     if H_pre is not None or manifold is not None:
         what = "H_pre (single-pass mHC)" if H_pre is not None else "a manifold"
-        raise ValueError(f"impl={impl!r} does not take {what} yet: use impl='ref'")
-    if impl == "eager":
-        return mhc_cpu.mhc_step(*args)
+        raise ValueError(f"impl={impl!r} does not take {what} yet: use impl='ref' or 'eager'")
     check_for_triton(x, H_post=H_post, H_res=H_res, phi=phi, alpha=alpha, b=b)
     x_next, x_in, H_post, H_res, _, _ = step_op(*args)
     return x if y is None else x_next, x_in, H_post, H_res

@@ -1,25 +1,31 @@
 """mHC on a CPU: the boundary between two sublayers with a hand-written backward.
 
-    x_next, x_in, H_post, H_res = mhc_step(x, y, H_post, H_res, phi, alpha, b)    # impl='eager'
-    x_next = mhc_post_res(x, y, H_post, H_res)                                    # after the last sublayer
+    x_next, x_in, H_post, H_res = mhc_step(x, y, H_post, H_res, phi, alpha, b)                 # impl='eager'
+    x_next, x_in, H_pre, H_post, H_res = mhc_step(x, y, H_post, H_res, ..., H_pre=H_pre)       # single-pass mHC
+    x_next = mhc_post_res(x, y, H_post, H_res)                                                 # after the last sublayer
 
 The twins in mhc_ref.py are the mathematics and document arguments and results; this file is the same mathematics
-arranged for a memory hierarchy. Nothing in it but the size of a tile is special to a CPU: any device PyTorch knows runs
-it. Arithmetic is cheap; the time goes into moving the nC numbers of every token. So:
+arranged for a memory hierarchy. Nothing in it but two constants is special to a CPU: any device PyTorch knows runs it.
+The arithmetic is cheap; the time goes into moving the nC numbers of every token. So:
 - One autograd function a boundary. Autograd over the twin keeps and sums (T, n, n, C) products and adds three
   gradients of x_next, each in memory; here the backward is written out, and every sum is made where its terms are read.
-- Sinkhorn lies as (n, n, T), tokens innermost: each half step is one vector operation over tokens. T_c and T_r on log M
-  are log_softmax over an outer dimension, and so is their backward an operation that PyTorch has.
 - It works in tiles: all steps of a pass run over a block of tokens that stays in cache, and scratch memory is a
-  tile, not a tensor (fresh pages of memory cost as much as the arithmetic). H_res x is a batched product of n x n by
-  n x C: with C inside, the library's kernel runs at the speed of memory.
+  tile, not a tensor (fresh pages of memory cost as much as the arithmetic).
+- Two halves that know nothing of each other. The streams: products of rows of x with phi and with n x n matrices. The
+  maps: what makes H_pre, H_post, H_res of a token out of its projections, a few dozen numbers, tokens innermost.
+  Another manifold is another function in the second half; any that autograd can differentiate will do.
+- At a width like 64 the maps cost as much as the streams. Sinkhorn is then 40 operations on vectors of all tokens, on M
+  itself where its entries stay within fp32 and on log M where they would not.
 
 Saved for backward: x, y, H_post, H_res, x_next (the same tensor that is the next boundary's x, so it costs nothing),
 the projections of Eq 14, and r. Not saved: any state of Sinkhorn. Its backward replays all iterations; from the final
 matrix alone it would be wrong (a relative error above 1 at logits of std 6).
 
-Letters: T tokens (all leading dimensions as one), n streams, C width, K = n^2+2n logits; g_* the gradient of *.
+Letters: T tokens (all leading dimensions as one, or those of a tile), n streams, C width, K logits (n^2+2n with
+Sinkhorn); g_* the gradient of *.
 """
+
+from functools import partial
 
 import torch
 from torch.autograd import Function
@@ -28,6 +34,9 @@ from torch.autograd.function import once_differentiable
 from mhc_ref import map_dtype
 
 TILE_BYTES = 8 << 20  # of x in a tile: smaller ones pay more for starting operations than the L2 cache gives back
+# Tokens with a logit beyond +-LARGE go by logarithms. Up to there entries of M start within e^+-40; sums of up to
+# n e^40 divide them, and the e^-80 / n that may be left is well inside fp32's smallest 1e-38.
+LARGE = 40.0
 log_softmax_backward = torch.ops.aten._log_softmax_backward_data.default
 
 
@@ -37,65 +46,126 @@ def column(v):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The mappings: everything about n^2+2n numbers a token, nothing about C. Tokens innermost: (K, T).
+# Sinkhorn, on (n, n, T). Half step k divides by sums over dim k % 2: T_c (columns sum to 1) for even k, T_r for odd.
 
 
-def sinkhorn_log(logits, sinkhorn_iters):
-    """Eq 9 in the log domain: logits (n, n, T) -> all 2 sinkhorn_iters + 1 states of log M."""
-    history = [logits]
-    for _ in range(sinkhorn_iters):
-        history.append(history[-1].log_softmax(0))  # T_c: log M - logsumexp over rows: columns sum to 1
-        history.append(history[-1].log_softmax(1))  # T_r: rows sum to 1
-    return history
+def sinkhorn(logits, sinkhorn_iters):
+    """Eq 9: logits (n, n, T) -> H_res (n, n, T)."""
+
+    def direct(logits):
+        M = logits.exp()
+        for k in range(2 * sinkhorn_iters):
+            M /= M.sum(k % 2, keepdim=True)
+        return M
+
+    def by_log(logits):
+        log_M = logits
+        for k in range(2 * sinkhorn_iters):
+            log_M = log_M.log_softmax(k % 2)
+        return log_M.exp()
+
+    return by_size(direct, by_log, logits)
 
 
-def sinkhorn_log_backward(g_H, logits, sinkhorn_iters):
-    """g_H (n, n, T), the gradient of exp(log M) -> the gradient of the logits, through a replay of all iterations."""
-    history = sinkhorn_log(logits, sinkhorn_iters)
-    g = g_H * history[-1].exp()
-    for k in range(len(history) - 1, 0, -1):  # odd entries came from columns (dim 0), even ones from rows (dim 1)
-        g = log_softmax_backward(g, history[k], (k + 1) % 2, g.dtype)
-    return g
+def sinkhorn_backward(g_H, logits, sinkhorn_iters):
+    """g_H (n, n, T), the gradient of H_res -> the gradient of the logits, through a replay of all iterations.
+
+    g is the gradient of log M throughout. A half step takes log(sum of M) from log M, so g loses M times the sum of g.
+    """
+
+    def direct(logits, g_H):
+        M, sums = logits.exp(), []
+        for k in range(2 * sinkhorn_iters):
+            sums.append(M.sum(k % 2, keepdim=True))
+            M /= sums[-1]
+        g = g_H * M
+        for k in reversed(range(2 * sinkhorn_iters)):
+            g.addcmul_(M, g.sum(k % 2, keepdim=True), value=-1)
+            M *= sums[k]  # as it was before the half step
+        return g
+
+    def by_log(logits, g_H):
+        log_M = [logits]
+        for k in range(2 * sinkhorn_iters):
+            log_M.append(log_M[-1].log_softmax(k % 2))
+        g = g_H * log_M[-1].exp()
+        for k in reversed(range(2 * sinkhorn_iters)):
+            g = log_softmax_backward(g, log_M[k + 1], k % 2, g.dtype)
+        return g
+
+    return by_size(direct, by_log, logits, g_H)
+
+
+def by_size(direct, by_log, logits, *others):
+    """direct(logits, *others), and by_log for the tokens with large logits: no token's result depends on another's."""
+    large = logits.abs().amax((0, 1)) > LARGE  # (T,)
+    if large.all():
+        return by_log(logits, *others)
+    result = direct(logits, *others)
+    if large.any():
+        result[..., large] = by_log(*(v[..., large] for v in (logits, *others)))
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# mHC's maps: everything about the K logits of a token, nothing about C. Tokens innermost: (K, T).
 
 
 def logits_of(proj, r, alpha, b, n):
     """Eq 16: proj (K, T), r (T,) -> logits (K, T); with the factor alpha of each logit (K, 1), and proj / r."""
-    scale = column(torch.cat([alpha[0].expand(n), alpha[1].expand(n), alpha[2].expand(n * n)]))
+    factor = column(torch.cat([alpha[0].expand(n), alpha[1].expand(n), alpha[2].expand(len(b) - 2 * n)]))
     unit = proj / r
-    return scale * unit + column(b), scale, unit
+    return torch.addcmul(column(b), factor, unit), factor, unit
 
 
-def mappings(logits, n, sinkhorn_iters):
-    """Eq 18, 19: logits (K, T) -> H_post (T, n), H_res (T, n, n). H_pre is made where it is used."""
-    log_M = logits[2 * n :].unflatten(0, (n, n))  # (n, n, T)
-    for _ in range(sinkhorn_iters):  # as in sinkhorn_log, without a history
-        log_M = log_M.log_softmax(0).log_softmax(1)
-    return (2 * logits[n : 2 * n].sigmoid()).t().contiguous(), log_M.exp().permute(2, 0, 1).contiguous()
-
-
-def mappings_backward(g_pre, g_post, g_res, proj, r, alpha, b, n, sinkhorn_iters):
-    """From the gradients of H_pre (n, T), H_post (T, n) and H_res (T, n, n), the last two perhaps None:
-
-    -> gradients of proj (K, T), of r^2 / 2 (T,), of alpha (3,), of b (K,); and H_pre (n, T), made again.
-    """
-    logits, scale, unit = logits_of(proj, r, alpha, b, n)
-    pre, half_post = logits[:n].sigmoid(), logits[n : 2 * n].sigmoid()
-    g_pre = g_pre * pre * (1 - pre)
-    g_post = torch.zeros_like(pre) if g_post is None else g_post.t() * 2 * half_post * (1 - half_post)
-    if g_res is None:
-        g_res = torch.zeros_like(logits[2 * n :])
+def mhc_maps(proj, r, alpha, b, n, sinkhorn_iters, manifold):
+    """Eq 16-19: proj (K, T), r (T,) -> H_pre (T, n), H_post (T, n), H_res (T, n, n)."""
+    logits, _, _ = logits_of(proj, r, alpha, b, n)
+    pre, post, res = logits.split([n, n, len(b) - 2 * n])
+    if manifold is None:
+        H_res = sinkhorn(res.unflatten(0, (n, n)), sinkhorn_iters).permute(2, 0, 1)
     else:
-        res, g_res = logits[2 * n :].unflatten(0, (n, n)), g_res.permute(1, 2, 0).contiguous()  # (n, n, T)
-        g_res = sinkhorn_log_backward(g_res, res, sinkhorn_iters).flatten(0, 1)
-    g = torch.cat([g_pre, g_post, g_res])  # of the logits (K, T)
-    g_unit = g * unit
-    g_alpha = torch.stack([part.sum() for part in g_unit.split([n, n, n * n])])
-    g_half_square = -(g_unit * scale).sum(0) / r.square()  # r divides every logit; d(r^2 / 2) = r dr
-    return g * (scale / r), g_half_square, g_alpha, g.sum(1), pre
+        H_res = manifold(res.t())
+    return pre.sigmoid().t(), 2 * post.sigmoid().t(), H_res
+
+
+def mhc_maps_backward(g_pre, g_post, g_res, proj, r, alpha, b, n, sinkhorn_iters, manifold):
+    """From the gradients of H_pre (T, n), H_post (T, n) and H_res (T, n, n), each perhaps None:
+
+    -> H_pre (T, n), made again; gradients of proj (K, T), of r^2 / 2 (T,), of alpha (3,), of b (K,).
+    """
+    logits, factor, unit = logits_of(proj, r, alpha, b, n)
+    gates = logits[: 2 * n].sigmoid()  # H_pre and H_post / 2
+    slope = gates * (-logits[: 2 * n]).sigmoid()  # not gates * (1 - gates): in fp32 that is 0 from logits of 17 on
+    g = torch.zeros_like(logits)  # (K, T)
+    if g_pre is not None:
+        torch.mul(slope[:n], g_pre.t(), out=g[:n])
+    if g_post is not None:
+        torch.mul(slope[n:], 2 * g_post.t(), out=g[n : 2 * n])
+    if g_res is not None:
+        g[2 * n :] = res_backward(g_res, logits[2 * n :], n, sinkhorn_iters, manifold)
+    g_b, g_factor = g.sum(1), (g * unit).sum(1)
+    g_alpha = torch.stack([part.sum() for part in g_factor.split([n, n, len(b) - 2 * n])])
+    g *= factor
+    g_half_square = -(g * unit).sum(0) / r.square()  # r divides every logit; d(r^2 / 2) = r dr
+    return gates[:n].t(), g / r, g_half_square, g_alpha, g_b
+
+
+def res_backward(g_res, logits, n, sinkhorn_iters, manifold):
+    """The gradient of H_res (T, n, n) -> that of its logits (K - 2n, T)."""
+    if manifold is None:
+        g_res = g_res.permute(1, 2, 0).contiguous()  # (n, n, T)
+        return sinkhorn_backward(g_res, logits.unflatten(0, (n, n)), sinkhorn_iters).flatten(0, 1)
+    with torch.enable_grad():
+        leaf = logits.t().detach().requires_grad_()
+        H_res = manifold(leaf)
+    if not H_res.requires_grad:  # a constant
+        return torch.zeros_like(logits)
+    return torch.autograd.grad(H_res, leaf, g_res)[0].t()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# impl='eager'. A tile's tensors are cut to size and cast to the arithmetic's dtype before they come here.
+# The streams. A tile's tensors are cut to size and cast to the arithmetic's dtype before they come here.
 
 
 def tiles(x, dtype):
@@ -106,8 +176,8 @@ def tiles(x, dtype):
 
 
 def cut(s, dtype, *tensors):
-    """The tokens s of each tensor, in dtype."""
-    return [v[s].to(dtype) for v in tensors]
+    """The tokens s of each tensor, in dtype; None stays None."""
+    return [None if v is None else v[s].to(dtype) for v in tensors]
 
 
 def bmm_into(out, a, b):
@@ -116,6 +186,21 @@ def bmm_into(out, a, b):
         torch.bmm(a, b, out=out)
     else:
         out.copy_(torch.bmm(a, b))
+
+
+def weighted_sum(x, H, out):
+    """x (T, n, C), H (T, n) -> into out (T, C): sum_j H[j] x[j]. By streams: faster than a product of matrices."""
+    total = out if out.dtype == x.dtype else torch.empty_like(out, dtype=x.dtype)  # round once, after the sum
+    torch.mul(x[:, 0], H[:, :1], out=total)
+    for j in range(1, x.shape[1]):
+        total.addcmul_(x[:, j], H[:, j : j + 1])
+    if total is not out:
+        out.copy_(total)
+
+
+def dot(x, y):
+    """x (T, n, C), y (T, C) -> (T, n): the product of y with each stream."""
+    return torch.linalg.vecdot(x, y.unsqueeze(1))
 
 
 def post_res_tile(x, y, H_post, H_res, out):
@@ -129,8 +214,8 @@ def post_res_tile(x, y, H_post, H_res, out):
 def post_res_tile_backward(g, x, y, H_post, H_res, g_x, g_y, g_H_post, g_H_res):
     """Eq 3 backward on a tile: from g, the gradient of x_next, fill the last four."""
     bmm_into(g_x, H_res.mT, g)
-    bmm_into(g_y.unsqueeze(1), H_post.unsqueeze(1), g)
-    bmm_into(column(g_H_post), g, column(y))
+    weighted_sum(g, H_post, g_y)
+    g_H_post.copy_(dot(g, y))
     bmm_into(g_H_res, g, x.mT)
 
 
@@ -158,88 +243,100 @@ class PostRes(Function):
 
 
 class Step(Function):
-    """A whole boundary: Eq 3, then Eq 14-19 and H_pre x_next. The first form has y = H_post = H_res = None."""
+    """A whole boundary: Eq 3, the maps of x_next, and x_in, read through them or, in single-pass mHC, through H_pre.
+
+    x (T, n, C), y (T, C), H_post (T, n), H_res (T, n, n), H_pre (T, n), phi (nC, K); the first form has y = H_post =
+    H_res = None, the paper's mHC H_pre = None. maps and maps_backward: functions like mhc_maps and mhc_maps_backward,
+    which get `params` behind proj and r. -> x_next (T, n, C), x_in (T, C), and the new H_pre, H_post, H_res.
+    """
 
     @staticmethod
-    def forward(ctx, x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps):
-        with torch.autocast(x.device.type, enabled=False):
-            x_next, x_in, *maps, proj, r = Step.pass_over(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps)
-        ctx.save_for_backward(x, y, H_post, H_res, phi, alpha, b, x_next, proj, r)
-        ctx.sinkhorn_iters = sinkhorn_iters
-        ctx.set_materialize_grads(False)  # outputs nobody used have no gradient, and cost nothing
-        return x_next, x_in, *maps
-
-    @staticmethod
-    def pass_over(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters, eps):
-        """The forward: -> x_next (T, n, C), x_in (T, C), H_post (T, n), H_res (T, n, n), proj (K, T), r (T,)."""
+    def forward(ctx, x, y, H_post, H_res, H_pre, phi, eps, maps, maps_backward, *params):
         T, n, C = x.shape
         dtype = map_dtype(x)
-        phi, alpha, b = phi.to(dtype), alpha.to(dtype), b.to(dtype)
         x_next = x if y is None else torch.empty_like(x)
-        x_in, proj, r = x.new_empty(T, C), x.new_empty(T, len(b), dtype=dtype), x.new_empty(T, dtype=dtype)
-        for s in tiles(x, dtype):
-            if y is not None:
-                post_res_tile(*cut(s, dtype, x, y, H_post, H_res), out=x_next[s])
-            streams = x_next[s].to(dtype)  # as rounded: what a replay from the stored x_next sees
-            v = streams.flatten(1)  # (T, nC)
-            torch.mm(v, phi, out=proj[s])  # Eq 14
-            r[s] = (torch.linalg.vector_norm(v, dim=1).square() / (n * C) + eps).sqrt()  # Eq 15
-            H_pre = (alpha[0] * (proj[s, :n] / column(r[s])) + b[:n]).sigmoid()  # Eq 16, 17
-            bmm_into(x_in[s].unsqueeze(1), H_pre.unsqueeze(1), streams)
-        proj = proj.t().contiguous()  # (K, T)
-        return x_next, x_in, *mappings(logits_of(proj, r, alpha, b, n)[0], n, sinkhorn_iters), proj, r
+        x_in = x.new_empty(T, C)
+        proj, r, *new = (x.new_empty(s, dtype=dtype) for s in ((phi.shape[1], T), T, (T, n), (T, n), (T, n, n)))
+        phi_t, *wide = phi.to(dtype).t().contiguous(), *(p.to(dtype) for p in params)
+        with torch.autocast(x.device.type, enabled=False):
+            for s in tiles(x, dtype):
+                if y is not None:
+                    post_res_tile(*cut(s, dtype, x, y, H_post, H_res), out=x_next[s])
+                streams = x_next[s].to(dtype)  # as rounded: what a replay from the stored x_next sees
+                v = streams.flatten(1)  # (T, nC)
+                torch.mm(phi_t, v.t(), out=proj[:, s])  # Eq 14
+                r[s] = (torch.linalg.vector_norm(v, dim=1).square() / (n * C) + eps).sqrt()  # Eq 15
+                for H, made in zip(new, maps(proj[:, s], r[s], *wide), strict=True):
+                    H[s] = made
+                weighted_sum(streams, (new[0] if H_pre is None else H_pre)[s].to(dtype), x_in[s])
+        ctx.save_for_backward(x, y, H_post, H_res, H_pre, x_next, proj, r, phi, *params)
+        ctx.maps_backward = maps_backward
+        ctx.set_materialize_grads(False)  # outputs nobody used have no gradient, and cost nothing
+        return x_next, x_in, *new
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, g_next, g_in, g_post, g_res):
-        x, y, H_post, H_res, phi, alpha, b, x_next, proj, r = ctx.saved_tensors
+    def backward(ctx, g_next, g_in, g_pre, g_post, g_res):
+        x, y, H_post, H_res, H_pre, x_next, proj, r, phi, *params = ctx.saved_tensors
         T, n, C = x.shape
         dtype = map_dtype(x)
         grads = [torch.empty_like(v) for v in ((x,) if y is None else (x, y, H_post, H_res))]
+        g_H_pre = None if H_pre is None or g_in is None else torch.empty_like(H_pre)
+        wide = [p.to(dtype) for p in params]
+        g_params = [torch.zeros_like(p) for p in wide]
+        phi_t = phi.to(dtype).t().contiguous()
+        g_phi = torch.zeros_like(phi_t)  # (K, nC): faster this way round
         with torch.autocast(x.device.type, enabled=False):
-            g_pre = x.new_zeros(T, n, 1, dtype=dtype)
-            for s in tiles(x, dtype) if g_in is not None else ():
-                torch.bmm(*cut(s, dtype, x_next), column(g_in[s].to(dtype)), out=g_pre[s])
-            g_proj, g_half_square, g_alpha, g_b, H_pre = mappings_backward(
-                g_pre.squeeze(-1).t(), g_post, g_res, proj, r, alpha.to(dtype), b.to(dtype), n, ctx.sinkhorn_iters
-            )
-            g_norm, phi_t = g_half_square / (n * C), phi.to(dtype).t()
-            g_phi = torch.zeros_like(phi_t, memory_format=torch.contiguous_format)  # (K, nC): faster this way round
             for s in tiles(x, dtype):
-                v = x_next[s].to(dtype).flatten(1)  # (T, nC)
-                g_phi.addmm_(g_proj[:, s], v)  # tile after tile: a fixed order
-                g = column(g_norm[s]) * v  # the gradient of x_next: through Eq 15,
-                if g_next is not None:
-                    g += g_next[s].flatten(1)  # from the boundary after the next sublayer,
-                g = g.addmm_(g_proj[:, s].t(), phi_t).unflatten(1, (n, C))  # through Eq 14,
-                if g_in is not None:
-                    g.addcmul_(column(H_pre[:, s].t()), g_in[s].to(dtype).unsqueeze(1))  # and through x_in
+                streams, tile_in, tile_pre, *g_maps = cut(s, dtype, x_next, g_in, H_pre, g_pre, g_post, g_res)
+                if g_in is not None and H_pre is None:
+                    g_maps[0] = dot(streams, tile_in)
+                elif g_in is not None:
+                    g_H_pre[s] = dot(streams, tile_in)
+                made, g_proj, g_half_square, *g_tile = ctx.maps_backward(*g_maps, proj[:, s], r[s], *wide)
+                for total, g in zip(g_params, g_tile, strict=True):
+                    total += g  # tile after tile: a fixed order
+                v, norm = streams.flatten(1), column(g_half_square / (n * C))
+                g_phi.addmm_(g_proj, v)
+                # the gradient of x_next: through Eq 15 and from the boundary after the next sublayer,
+                g = norm * v if g_next is None else torch.addcmul(g_next[s].to(dtype).flatten(1), norm, v)
+                g = g.addmm_(g_proj.t(), phi_t).unflatten(1, (n, C))  # through Eq 14,
+                if g_in is not None:  # and through x_in
+                    g.addcmul_(column(made if H_pre is None else tile_pre), tile_in.unsqueeze(1))
                 if y is None:
                     grads[0][s] = g
                 else:
                     g = g.to(x.dtype).to(dtype)  # rounded as between two operations: see recompute.py
                     post_res_tile_backward(g, *cut(s, dtype, x, y, H_post, H_res), *(v[s] for v in grads))
         grads += [None] * (4 - len(grads))
-        return *grads, g_phi.t().to(phi.dtype), g_alpha.to(alpha.dtype), g_b.to(b.dtype), None, None
+        g_params = (g.to(p.dtype) for g, p in zip(g_params, params, strict=True))
+        return *grads, g_H_pre, g_phi.t().to(phi.dtype), None, None, None, *g_params
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def flat(x, y, H_post, H_res):
-    """Leading dimensions as one: x (T, n, C), y (T, C), H_post (T, n), H_res (T, n, n), contiguous; None stays None."""
+def flat(x, y, H_post, H_res, H_pre=None):
+    """Leading dimensions as one: x (T, n, C), y (T, C), H_post (T, n), H_res (T, n, n), H_pre (T, n), contiguous.
+
+    None stays None.
+    """
     n, C = x.shape[-2:]
-    shapes = (-1, n, C), (-1, C), (-1, n), (-1, n, n)
-    return [v if v is None else v.reshape(s).contiguous() for v, s in zip((x, y, H_post, H_res), shapes, strict=True)]
+    pairs = (x, (-1, n, C)), (y, (-1, C)), (H_post, (-1, n)), (H_res, (-1, n, n)), (H_pre, (-1, n))
+    return [v if v is None else v.reshape(s).contiguous() for v, s in pairs]
 
 
-def mhc_step(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters=20, eps=1e-20):
+def mhc_step(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters=20, eps=1e-20, H_pre=None, manifold=None):
     """impl='eager' of the boundary between two sublayers: arguments and results as mhc_ref.mhc_step_ref."""
-    lead, (n, C) = x.shape[:-2], x.shape[-2:]
-    x_next, x_in, H_post, H_res = Step.apply(*flat(x, y, H_post, H_res), phi, alpha, b, sinkhorn_iters, eps)
-    return x_next.view(*lead, n, C), x_in.view(*lead, C), H_post.view(*lead, n), H_res.view(*lead, n, n)
+    lead, n = x.shape[:-2], x.shape[-2]
+    maps, maps_backward = (
+        partial(f, n=n, sinkhorn_iters=sinkhorn_iters, manifold=manifold) for f in (mhc_maps, mhc_maps_backward)
+    )
+    outs = Step.apply(*flat(x, y, H_post, H_res, H_pre), phi, eps, maps, maps_backward, alpha, b)
+    x_next, x_in, *maps = (v.view(*lead, *v.shape[1:]) for v in outs)
+    return x_next, x_in, *maps[H_pre is None :]
 
 
 def mhc_post_res(x, y, H_post, H_res):
     """impl='eager' of Eq 3 alone, after the last sublayer: arguments and results as mhc_ref.mhc_post_res_ref."""
-    return PostRes.apply(*flat(x, y, H_post, H_res)).view(x.shape)
+    return PostRes.apply(*flat(x, y, H_post, H_res)[:4]).view(x.shape)

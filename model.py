@@ -133,6 +133,11 @@ class Residual(nn.Module):
     def check(config):
         """Raise ValueError, `name=value: wanted ...`, for settings that this kind cannot have."""
 
+    @staticmethod
+    def closed_carry(config, B, T):
+        """The carry that `close` hands on, without values (on the meta device); None if it is None. For pipeline.py."""
+        return None
+
     def forward(self, x, y, carry):
         """The boundary: close the sublayer before, read for this one. x (..., n, C); y (..., C) the output of the one
         before, None at the start of a segment -> x after the update, x_in (..., C) the input of this one, carry."""
@@ -805,18 +810,26 @@ class GPT(nn.Module):
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # untied
 
-    def sublayers(self, positions, cache=None):
-        """The 2L triples (residual connection, norm, F) in order. positions (B or 1, T)."""
+    def blocks(self):
+        """(number, block) of the blocks that are here: all of them, but in a pipeline (pipeline.py)."""
+        return [(i, block) for i, block in enumerate(self.layers) if block is not None]
+
+    def sublayers(self, positions, cache=None, within=None):
+        """The 2L triples (residual connection, norm, F) in order, or those of the blocks `within` alone.
+
+        positions (B or 1, T)."""
         c = self.config
         rope = rope_angles(positions, c.qk_rope_head_dim, c.rope_theta)
-        for i, block in enumerate(self.layers):
+        for i, block in self.blocks():
+            if within is not None and i not in within:
+                continue
             attend = partial(block.self_attn, rope=rope, cache=cache, layer=i)
             yield block.attn_residual, block.input_layernorm, attend
             yield block.mlp_residual, block.post_attention_layernorm, block.mlp
 
     def residuals(self):
         """The 2L residual connections in order."""
-        return [r for block in self.layers for r in (block.attn_residual, block.mlp_residual)]
+        return [r for _, block in self.blocks() for r in (block.attn_residual, block.mlp_residual)]
 
     def embed(self, idx):
         """idx (B, T) -> streams x (B, T, n, C), in the dtype that the sublayers compute in (Eq 11: bf16 under bf16)."""
@@ -833,6 +846,10 @@ class GPT(nn.Module):
         x, carry = self.run_sublayers(self.embed(idx), self.sublayers(positions, cache), look)
         if cache is not None:
             cache.advance(idx.shape[1])
+        return self.exit(x, carry)
+
+    def exit(self, x, carry):
+        """The streams after the last sublayer (B, T, n, C), and their carry -> the final norm's output (B, T, C)."""
         collapse = RESIDUALS[self.config.residual].collapse
         return self.norm(self.collapse_head(x) if self.collapse_head else collapse(x, carry))
 
@@ -878,12 +895,12 @@ class GPT(nn.Module):
     # --- experts ---
 
     def gates(self):
-        return [block.mlp.gate for block in self.layers if isinstance(block.mlp, MoE)]
+        return [block.mlp.gate for _, block in self.blocks() if isinstance(block.mlp, MoE)]
 
     def expert_load(self):
         """(MoE blocks, E) tokens per expert since the bias was last moved; empty without MoE."""
         loads = [gate.load for gate in self.gates()]
-        return torch.stack(loads) if loads else torch.zeros(0, 0, device=self.embed_tokens.weight.device)
+        return torch.stack(loads) if loads else torch.zeros(0, 0, device=next(self.parameters()).device)
 
     @torch.no_grad()
     def update_expert_bias(self, gamma, load):

@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import expert_parallel
+import pipeline
 from configurator import fail
 
 PARALLEL = ("none", "ddp", "fsdp")
@@ -51,7 +52,7 @@ def resolve_device(device):
     return device
 
 
-def start(parallel="none", device="cpu", shard_size=0, rank_timeout=600, expert_size=1):
+def start(parallel="none", device="cpu", shard_size=0, rank_timeout=600, expert_size=1, pipeline_size=1):
     """This process among all of the run, as torchrun's environment describes them; without torchrun it is alone.
 
     device: 'cpu' | 'cuda' | 'mps'. rank_timeout: seconds after which a process that does not answer ends the run.
@@ -71,7 +72,7 @@ def start(parallel="none", device="cpu", shard_size=0, rank_timeout=600, expert_
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         timeout = timedelta(seconds=rank_timeout)
         dist.init_process_group(backend, timeout=timeout, **meeting_point(rank, world, timeout))
-    return Ranks(parallel, rank, world, torch.device(device), shard_size, rank_timeout, expert_size)
+    return Ranks(parallel, rank, world, torch.device(device), shard_size, rank_timeout, expert_size, pipeline_size)
 
 
 def meeting_point(rank, world, timeout):
@@ -101,11 +102,12 @@ class Ranks:
     """The processes of a run, seen from one of them.
 
     .rank, .world   number of this process, and how many there are
+    .part, .parts   number of this one's share of each batch, and how many shares: in a pipeline several have the same
     .device         the torch.device of this one
     .is_main        whether this is the one that prints and writes
     """
 
-    def __init__(self, parallel, rank, world, device, shard_size, rank_timeout, expert_size=1):
+    def __init__(self, parallel, rank, world, device, shard_size, rank_timeout, expert_size=1, pipeline_size=1):
         self.parallel, self.rank, self.world, self.device = parallel, rank, world, device
         self.is_main, self.rank_timeout = rank == 0, rank_timeout
         self.shard_size = (shard_size or world) if parallel == "fsdp" else 1
@@ -114,11 +116,16 @@ class Ranks:
             if self.shard_size < world:
                 shape = (world // self.shard_size, self.shard_size)
                 self.mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-        self.experts = None
-        if expert_size > 1:  # the mesh of the experts; all the rest is cut over both of its dimensions
-            shape = (world // expert_size, expert_size)
-            self.experts = init_device_mesh(device.type, shape, mesh_dim_names=("data", "expert"))
-            self.mesh = self.experts._flatten("all")
+        self.experts = self.pipe = self.pipeline = None
+        self.part, self.parts, self.alike = rank, world, None  # alike: the group that holds the same blocks, None: all
+        if expert_size > 1 or pipeline_size > 1:
+            data = world // (pipeline_size * expert_size)
+            names, shape = ("pipe", "data", "expert"), (pipeline_size, data, expert_size)
+            mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+            self.experts = mesh["data", "expert"] if expert_size > 1 else None  # the mesh of the experts
+            self.mesh = mesh["data", "expert"]._flatten("all")  # all the rest is cut over both dimensions
+            self.part, self.parts, self.alike = self.mesh.get_local_rank(), self.mesh.size(), self.mesh.get_group()
+            self.pipe = mesh["pipe"] if pipeline_size > 1 else None
 
     def __str__(self):
         if self.world == 1:
@@ -130,6 +137,12 @@ class Ranks:
         )
 
     # --- the model ---
+
+    def build_pipeline(self, model, schedule, autocast):
+        """Leave of a GPT on the meta device the stages of this process. autocast(): the context of a forward."""
+        if self.pipe is not None:
+            self.pipeline = pipeline.Pipeline(model, self.pipe, schedule, self.device)
+            self.pipeline.set_autocast(autocast)
 
     def shard(self, model, dtype="float32"):
         """FSDP2 over a GPT, in place, still without values (on the meta device, so that it is never whole anywhere).
@@ -145,13 +158,15 @@ class Ranks:
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         if self.experts is not None:
             expert_parallel.apply(model, self.experts["expert"])
-            for block in model.layers:
+            for _, block in model.blocks():
                 if hasattr(block.mlp, "experts"):  # on their second dimension: the first is cut over "expert"
                     mesh = self.experts["data"]
                     fully_shard(block.mlp.experts, mesh=mesh, mp_policy=narrow, shard_placement_fn=lambda p: Shard(1))
-        for module, is_narrow in groups(model):
+        roots = self.pipeline.stages.values() if self.pipeline else [model]
+        for module, is_narrow in groups(model, roots):
             fully_shard(module, mesh=self.mesh, mp_policy=narrow if is_narrow else wide)
-        cut_again_without_backward(model)
+        if not self.pipeline:
+            cut_again_without_backward(model)
 
     def initialise(self, model, seed=None):
         """Memory on this process's device for a GPT from the meta device, and its first values if there is a seed.
@@ -188,19 +203,35 @@ class Ranks:
     def share(self, ids, micro_batch_size):
         """This process's part of a batch's sequence numbers: (batch_size,) -> (micro-batches, micro_batch_size).
         The batch is the same whatever the number of processes; check_batch says what divides evenly."""
-        return ids.reshape(-1, self.world, micro_batch_size)[:, self.rank]
+        return ids.reshape(-1, self.parts, micro_batch_size)[:, self.part]
 
     def all_sum(self, t):
-        """t summed over all processes, in place; returns it."""
-        if self.world > 1:
-            dist.all_reduce(t)
+        """t summed over the shares of the batch, in place; returns it."""
+        if self.parts > 1:
+            dist.all_reduce(t, group=self.alike)
         return t
+
+    def all_most(self, value):
+        """The largest of the stages' values of a float or None."""
+        if self.pipe is None:
+            return value
+        t = torch.tensor(-math.inf if value is None else value, device=self.device)
+        dist.all_reduce(t, dist.ReduceOp.MAX, group=self.pipe.get_group())
+        return None if t.isneginf() else t.item()
+
+    def in_depth_order(self, values):
+        """A value for each sublayer here -> those of all 2L sublayers, in order."""
+        return self.pipeline.in_depth_order(list(values)) if self.pipeline else values
 
     def clip_grad_norm(self, model, max_norm):
         """Scale the gradients to a norm of at most max_norm; 0: leave them. -> their norm before, over all shards."""
         lists = by_mesh(p for p in model.parameters() if p.grad is not None)
         norms = [torch.nn.utils.get_total_norm([p.grad for p in ps]) for ps in lists]
         norm = torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+        if self.pipe is not None:
+            norm = norm.square()
+            dist.all_reduce(norm, group=self.pipe.get_group())
+            norm = norm.sqrt()
         for ps in lists:
             torch.nn.utils.clip_grads_with_norm_(ps, max_norm or math.inf, norm)
         return norm.item()
@@ -241,15 +272,15 @@ def is_about_another_process(error):
     return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(w in said for w in words)
 
 
-def groups(model):
+def groups(model, roots=None):
     """FSDP2's groups, inner ones first, as (module, whether bf16 will do). A group has the parameters of its module
-    that no group before it has: the last, the model itself, has all the rest."""
-    found = [(model.embed_tokens, True)]
-    for block in model.layers:
+    that no group before it has: the last, the model itself (or the stages of a pipeline), have all the rest."""
+    found = [(model.embed_tokens, True)] if model.embed_tokens is not None else []
+    for _, block in model.blocks():
         if hasattr(block.mlp, "gate"):
             found.append((block.mlp.gate, False))
         found += [(block.self_attn, True), (block.mlp, True)]
-    return [*found, (model, False)]
+    return [*found, *((root, False) for root in roots or [model])]
 
 
 def by_mesh(parameters):

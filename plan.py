@@ -109,7 +109,7 @@ def group_sizes(model, without=()):
 
 def cut_experts(model, s):
     """The experts' parameters that expert_parallel.py cuts; none without it."""
-    return [p for b in model.layers if hasattr(b.mlp, "experts") for p in b.mlp.experts.parameters()
+    return [p for _, b in model.blocks() if hasattr(b.mlp, "experts") for p in b.mlp.experts.parameters()
             if s["expert_size"] > 1]  # fmt: skip
 
 

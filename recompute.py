@@ -75,7 +75,7 @@ def apply(model, recompute, block=-1):
         if not torch.is_grad_enabled():  # nothing is kept anyway
             return run_sublayers(x, sublayers, look, carry)
         sublayers = list(sublayers)
-        for start in range(0, L, block):
+        for start in range(0, len(sublayers), block):  # a pipeline stage has its own sublayers only
             segment = sublayers[start : start + block]
             if recompute == "none":
                 x, carry = run_sublayers(x, segment, look, carry)

@@ -35,6 +35,7 @@ import torch
 import checkpoint
 import expert_parallel
 import owned
+import pipeline
 import plan
 import recompute as recomputation
 from configurator import above, at_least, between, configure, fail, one_of, some
@@ -105,6 +106,8 @@ grad_clip = 1.0  # largest norm of the gradient; 0: off
 bias_update_speed = 0.001  # gamma: how far an expert's selection bias moves in a step
 # -- many processes, and memory: see parallel.py and recompute.py -----------------------------------------------------
 parallel = "none"  # 'ddp' | 'fsdp': started by torchrun
+pipeline_size = 1  # fsdp: processes over which the depth is cut: see pipeline.py
+pipeline_schedule = "dualpipev"  # 'dualpipev' | 'zbv' | '1f1b'
 expert_size = 1  # fsdp: processes that share the routed experts, as a rule those of one node: see expert_parallel.py
 shard_size = 0  # fsdp: processes that share one copy of the weights; 0: all. As a rule those of one node
 reduce_always = False  # reduce gradients after every micro-batch, not the last alone: fsdp then keeps only shards
@@ -144,7 +147,8 @@ RULES = {  # of the model's settings: GPTConfig's
     "grad_clip": at_least(0),
     "parallel": one_of(*PARALLEL),
     **dict.fromkeys(("shard_size", "plan_devices"), at_least(0, 10**6)),
-    "expert_size": at_least(1, 10**6),
+    **dict.fromkeys(("expert_size", "pipeline_size"), at_least(1, 10**6)),
+    "pipeline_schedule": one_of(*pipeline.SCHEDULES),
     "rank_timeout": above(0, 10**6),
     "recompute": one_of(*recomputation.RECOMPUTE),
     "plan_device": one_of(*plan.MEMORY),
@@ -173,8 +177,9 @@ def check(settings):
         return
     world, on = int(os.environ.get("WORLD_SIZE", 1)), resolve_device(device)
     check_layout(parallel, world, shard_size)
-    expert_parallel.check(config, expert_size, world, parallel, shard_size)
-    check_batch(batch_size, micro_batch_size, world)
+    pipeline.check(config, settings, world)
+    expert_parallel.check(config, expert_size, world // pipeline_size, parallel, shard_size)
+    check_batch(batch_size, micro_batch_size, world // pipeline_size)
     if parallel == "ddp" and "RANK" not in os.environ:
         raise ValueError("parallel='ddp': wanted several processes: torchrun --nproc_per_node=2 train.py ...")
     resolve_impl(impl, on)
@@ -266,6 +271,9 @@ def forward_backward(net, corpus, step, ranks):
     ids = order(seed, step * batch_size, batch_size, corpus.n_sequences)
     micro_batches = ranks.share(ids, micro_batch_size)
     net.zero_grad()
+    if ranks.pipeline:  # its schedule has all micro-batches of the step under way at once
+        idx, targets = (t.to(ranks.device) for t in corpus.sequences(micro_batches.flatten()))
+        return ranks.all_sum(ranks.pipeline.step(idx, targets, len(micro_batches))).item() / ranks.parts
     total = torch.zeros((), device=ranks.device)
     for i, rows in enumerate(micro_batches):
         idx, targets = (t.to(ranks.device, non_blocking=True) for t in corpus.sequences(rows))
@@ -275,7 +283,7 @@ def forward_backward(net, corpus, step, ranks):
         loss = loss / len(micro_batches)
         loss.backward()
         total += loss.detach()
-    return ranks.all_sum(total).item() / ranks.world
+    return ranks.all_sum(total).item() / ranks.parts
 
 
 def optimizer_step(model, optimizer, step, loss, ranks):
@@ -290,9 +298,8 @@ def optimizer_step(model, optimizer, step, loss, ranks):
     if finite:
         optimizer.step()
     model.update_expert_bias(bias_update_speed if finite else 0.0, load)
-    return norm, {"expert_load": uneven(load, load.shape[1])} | (
-        {"rank_load": uneven(load, expert_size)} if expert_size > 1 else {}
-    )
+    parts = {"expert_load": load.shape[1]} | ({"rank_load": expert_size} if expert_size > 1 else {})
+    return norm, {name: ranks.all_most(uneven(load, n)) for name, n in parts.items()}
 
 
 def uneven(load, parts):
@@ -313,8 +320,8 @@ def validation_loss(model, corpus, ranks):
     model.eval()
     n = min(eval_sequences, corpus.n_sequences)
     total = torch.zeros((), device=ranks.device)
-    for done in range(0, n, micro_batch_size * ranks.world):
-        first = done + micro_batch_size * ranks.rank
+    for done in range(0, n, micro_batch_size * ranks.parts):
+        first = done + micro_batch_size * ranks.part
         rows = np.arange(first, min(first + micro_batch_size, n))
         # a process with nothing left runs along and counts for nothing: FSDP gathers the weights from all of them
         idx, targets = (t.to(ranks.device) for t in corpus.sequences(rows if len(rows) else [0]))
@@ -335,7 +342,8 @@ def look_at_maps(model, corpus, ranks):
     if ranks.is_main:
         with owned.whole_file(os.path.join(out_dir, "maps.npz"), binary=True) as f:
             np.savez(f, **heat_maps(H_res))
-    return gains(H_res), alarms(RESIDUALS[residual], res_gradients(model.residuals()), spreads, H_res)
+    gradients = ranks.in_depth_order(res_gradients(model.residuals()))
+    return gains(H_res), alarms(RESIDUALS[residual], gradients, spreads, H_res)
 
 
 def peak_megabytes(device):
@@ -443,7 +451,7 @@ def design_model(settings, vocab, ranks):
     except ValueError as e:
         fail(str(e))
     if compile:
-        for block in model.layers:
+        for _, block in model.blocks():
             block.self_attn.compile()
             block.mlp.compile()
     return model
@@ -563,7 +571,7 @@ def main():
         train_data.check_in_background()
         val_data.check_in_background()
     try:
-        ranks = start(parallel, resolve_device(device), shard_size, rank_timeout, expert_size)
+        ranks = start(parallel, resolve_device(device), shard_size, rank_timeout, expert_size, pipeline_size)
     except ValueError as e:
         fail(str(e))
     try:
@@ -584,6 +592,7 @@ def train(settings, train_data, val_data, ranks):
     # whose run is in out_dir, before a byte of it is touched or memory is taken
     origin, folder = provenance(settings, train_data, val_data), resume_folder()
     changed = checkpoint.same_run(out_dir, folder, origin)
+    ranks.build_pipeline(model, pipeline_schedule, lambda: autocast(ranks.device))
     ranks.shard(model, dtype)
     ranks.initialise(model, None if folder else seed)  # a checkpoint brings all values
     net, optimizer = ranks.wrap(model), make_optimizer(model)

@@ -142,7 +142,8 @@ def test_fsdp_recompute_accumulation_resume(root):
     codes, output = start(root, "all", *more)
     assert codes == [0, 0] and "step-00000006" in output, output
     check_same_run(root, "all")  # recomputation is bit-equal to none, so straight/ is the same run
-    layouts = ((2, 4, "fsdp"), (4, 2, "fsdp --expert_size=2"), (6, 4, "ddp"), (8, 1, "none"))
+    PIPELINE = "fsdp --pipeline_size=2 --pipeline_schedule=1f1b"
+    layouts = ((2, 4, "fsdp"), (4, 2, "fsdp --expert_size=2"), (6, 4, PIPELINE), (8, 1, "none"))
     for steps, world, parallel in layouts:
         stop = at_step(steps, lambda: os.kill(os.getpid(), signal.SIGTERM)) if steps < 8 else None
         micro = "--micro_batch_size=1" if world == 4 else "--micro_batch_size=2"

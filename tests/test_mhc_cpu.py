@@ -5,21 +5,20 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import mhc_cpu
-from mhc_ref import mhc_post_res_ref, mhc_step_ref
-
-NAMES = ("x", "y", "H_post", "H_res", "phi", "alpha", "b")
+from manifolds import MANIFOLDS
+from mhc_ref import mhc_post_res_ref, mhc_step_ref, sinkhorn_ref
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Tiles of a few tokens, so that small inputs also cross from one tile into the next."""
-    monkeypatch.setattr(mhc_cpu, "TILE_BYTES", 4096)
+    monkeypatch.setattr(mhc_cpu, "TILE_BYTES", 16384)
     torch.manual_seed(0)
 
 
-def inputs(T, n, C, dtype=torch.float32, std=1.0):
+def inputs(T, n, C, dtype=torch.float32, std=1.0, n_logits=None):
     """Leaves for mhc_step. Nothing is symmetric or equal across streams; std: of the logits of H_res."""
-    K = n * n + 2 * n
+    K = 2 * n + (n * n if n_logits is None else n_logits)
     x, y = torch.randn(T, n, C).to(dtype), torch.randn(T, C).to(dtype)
     H_post, H_res = 2 * torch.rand(T, n), (2 * torch.randn(T, n, n)).softmax(-1)
     phi, alpha, b = torch.randn(n * C, K) / (n * C) ** 0.5, torch.tensor([1.0, 0.7, 0.8 * std]), torch.randn(K)
@@ -28,7 +27,20 @@ def inputs(T, n, C, dtype=torch.float32, std=1.0):
     return [x, y] + [v.to(maps) for v in (H_post, H_res, phi, alpha, b)]
 
 
-def evaluate(step, args, dtype=None, used=(1, 1, 1, 1), **kwargs):
+def single_pass(step):
+    """The step as a function that takes H_pre last."""
+    return lambda *args, **kwargs: step(*args[:-1], H_pre=args[-1], **kwargs)
+
+
+SINGLE_PASS = dict(step=single_pass(mhc_cpu.mhc_step), twin=single_pass(mhc_step_ref))
+
+
+def without_y(args):
+    """The arguments of the first form."""
+    return [args[0], None, None, None, *args[4:]]
+
+
+def evaluate(step, args, dtype=None, used=(1, 1, 1, 1, 1), **kwargs):
     """Outputs and gradients of a fixed random functional of the outputs; dtype: of everything in it."""
     leaves = [v if v is None else v.detach().to(dtype or v.dtype).requires_grad_() for v in args]
     out = step(*leaves, **kwargs)
@@ -57,15 +69,18 @@ def close(args, step=mhc_cpu.mhc_step, twin=mhc_step_ref, **kwargs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
 def test_step(n, dtype, std):
-    close(inputs(63, n, 33, dtype, std))
+    args = inputs(63, n, 33, dtype, std)
+    close(args)
+    close([*args, torch.rand(63, n)], **SINGLE_PASS)
 
 
 @pytest.mark.parametrize("T", [0, 1, 63])
-@pytest.mark.parametrize("first", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_token_counts_and_first_form(T, first, dtype):
+def test_token_counts_and_first_form(T, dtype):
     args = inputs(T, 4, 20, dtype)
-    close([args[0], None, None, None, *args[4:]] if first else args)
+    close(args)
+    close(without_y(args))
+    close([*without_y(args), torch.rand(T, 4)], **SINGLE_PASS)
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 8])
@@ -75,11 +90,71 @@ def test_last_form(T, dtype, n):
     close(inputs(T, n, 33, dtype)[:4], mhc_cpu.mhc_post_res, mhc_post_res_ref)
 
 
-@pytest.mark.parametrize("used", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 1, 0, 0), (0, 0, 1, 1)])
-@pytest.mark.parametrize("first", [False, True])
-def test_unused_outputs(used, first):
+@pytest.mark.parametrize("used", [*torch.eye(4).tolist(), (1, 1, 0, 0), (0, 0, 1, 1)])
+def test_unused_outputs(used):
     args = inputs(5, 4, 20)
-    close([args[0], None, None, None, *args[4:]] if first else args, used=used)
+    close(args, used=used)
+    close(without_y(args), used=used)
+
+
+@pytest.mark.parametrize("used", [*torch.eye(5).tolist(), (1, 1, 0, 0, 0), (0, 0, 1, 1, 1)])
+def test_unused_outputs_of_single_pass(used):
+    args = [*inputs(5, 4, 20), torch.rand(5, 4)]
+    close(args, **SINGLE_PASS, used=used)
+    close(without_y(args), **SINGLE_PASS, used=used)
+
+
+@pytest.mark.parametrize("name", MANIFOLDS)
+def test_any_manifold_between_the_streams(name):
+    n, manifold = 4, MANIFOLDS[name]
+    args = inputs(63, n, 20, n_logits=manifold.n_logits(n))
+    close(args, manifold=lambda logits: manifold.H_res(logits, n))
+    close([*args, torch.rand(63, n)], **SINGLE_PASS, manifold=lambda logits: manifold.H_res(logits, n))
+
+
+@pytest.mark.parametrize("n", [2, 4, 8])
+@pytest.mark.parametrize("case", ["+-39.9", "up to 39.9", "every second token at std 80", "no token", "no iteration"])
+def test_sinkhorn_on_M_and_on_log_M(case, n):
+    """Right at the size where it changes from one to the other, and with both kinds of token side by side."""
+    T, iters = 0 if case == "no token" else 400, 0 if case == "no iteration" else 20
+    logits, w = torch.randn(n, n, T), torch.randn(n, n, T)
+    if case == "+-39.9":
+        logits = 39.9 * logits.sign()
+    elif case == "up to 39.9":
+        logits = 39.9 * (2 * torch.rand(n, n, T) - 1)
+    elif case == "every second token at std 80":
+        logits[..., ::2] *= 80
+
+    def ours(z):
+        return mhc_cpu.sinkhorn(z, iters).detach(), mhc_cpu.sinkhorn_backward(w.to(z.dtype), z, iters)
+
+    def twin(z):
+        z = z.permute(2, 0, 1).requires_grad_()
+        H = sinkhorn_ref(z, iters)
+        (g,) = torch.autograd.grad((H * w.to(z.dtype).permute(2, 0, 1)).sum(), z)
+        return H.detach().permute(1, 2, 0), g.permute(1, 2, 0)
+
+    for truth, ref, got in zip(twin(logits.double()), twin(logits), ours(logits), strict=True):
+        size, error, allowed = ((v.abs().max().item() if T else 0) for v in (truth, got - truth, ref - truth))
+        assert got.isfinite().all() and error <= 2 * allowed + 1e-6 * max(1, size)
+
+
+def test_no_tokens_sinkhorn_depends_on_another_token():
+    few, many = torch.randn(4, 4, 40), torch.randn(4, 4, 40)
+    many[..., 1::2] *= 80
+    many[..., ::2] = few[..., ::2]
+    assert torch.equal(mhc_cpu.sinkhorn(few, 20)[..., ::2], mhc_cpu.sinkhorn(many, 20)[..., ::2])
+    few, many = (mhc_cpu.sinkhorn_backward(torch.ones(4, 4, 40), z, 20) for z in (few, many))
+    assert torch.equal(few[..., ::2], many[..., ::2])
+
+
+def test_saturated_gates_keep_their_gradient():
+    """H_pre and H_post whose logits are 20 and more: in fp32 1 - H is 0 there, its gradient is not."""
+    args = inputs(9, 4, 20)
+    args[6][:8] = torch.tensor([20.0, -20, 25, -25, 30, 20, -30, 22])
+    truth, ours = (evaluate(f, args, d)[-1] for f, d in ((mhc_step_ref, torch.float64), (mhc_cpu.mhc_step, None)))
+    assert (truth[:8] != 0).all()
+    torch.testing.assert_close(ours[:8].double(), truth[:8], rtol=1e-4, atol=0)
 
 
 def test_gradcheck():
@@ -87,6 +162,9 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda *a: mhc_cpu.mhc_step(*a, sinkhorn_iters=7, eps=0.1), args)
     assert torch.autograd.gradcheck(lambda x, *p: mhc_cpu.mhc_step(x, None, None, None, *p), [args[0], *args[4:]])
     assert torch.autograd.gradcheck(mhc_cpu.mhc_post_res, args[:4])
+    args.append(torch.rand(3, 2, dtype=torch.float64).requires_grad_())
+    assert torch.autograd.gradcheck(single_pass(mhc_cpu.mhc_step), args)
+    assert torch.autograd.gradcheck(lambda *a: single_pass(mhc_cpu.mhc_step)(*without_y(a)), args)
 
 
 @pytest.mark.parametrize("sinkhorn_iters, eps", [(0, 1e-20), (1, 0.5), (3, 1e-20)])

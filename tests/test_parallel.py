@@ -72,6 +72,9 @@ def check_same(root, run):
         (2, "--parallel=fsdp --expert_size=2 --recompute=mhc"),
         (4, "--parallel=fsdp --expert_size=2 --recompute=full --micro_batch_size=2"),
         (4, "--parallel=fsdp --expert_size=4 --reduce_always=True"),
+        (2, "--parallel=fsdp --pipeline_size=2 --pipeline_schedule=1f1b --recompute=mhc"),
+        (4, "--parallel=fsdp --pipeline_size=2 --recompute=full"),
+        (4, "--parallel=fsdp --pipeline_size=2 --pipeline_schedule=zbv --expert_size=2 --recompute=mhc"),
     ],
 )
 def test_losses_equal_one_process(root, world, layout):

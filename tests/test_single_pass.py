@@ -4,6 +4,8 @@ A site maps the streams that it makes, and reads them through the H_pre of the s
 gradient from the next site, and the last one's from what reads the streams at the end.
 """
 
+import statistics
+
 import pytest
 import torch
 
@@ -11,7 +13,7 @@ import mhc
 
 SITES, T, N, C = 3, 5, 4, 12
 FP32, FP64 = torch.float32, torch.float64
-IMPLS = ["ref"]
+IMPLS = ["ref", "eager"]
 
 
 def make(std, n=N, seed=0):
@@ -90,14 +92,21 @@ def test_the_twin_is_the_equations(std, n):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("std", [1, 80])
-def test_every_impl_in_fp32_is_as_good_as_the_twin(impl, std):
-    tensors = make(std)
-    want = evaluate(by_the_equations if std == 1 else chain, tensors, FP64)
-    got, twin = (evaluate(lambda *t, i=i: chain(*t, impl=i), tensors, FP32) for i in (impl, "ref"))
-    for name, g, t, w in zip(NAMES, got, twin, want, strict=True):
-        assert g.isfinite().all() and worst(t, w) < (1e-5 if std == 1 else 0.1), name
-        assert worst(g, w) <= 2 * worst(t, w) + 1e-6, f"{name}: {worst(g, w):.2e}, the twin {worst(t, w):.2e}"
+@pytest.mark.parametrize("std, seeds", [(1, 1), (80, 7)])
+def test_every_impl_in_fp32_is_as_good_as_the_twin(impl, std, seeds):
+    """The median over seeds: at std 80 each site multiplies what rounding the one before has left, and one seed is a
+    throw of dice."""
+    errors = []  # of every seed: pairs (this one's, the twin's)
+    for seed in range(seeds):
+        tensors = make(std, seed=seed)
+        want = evaluate(by_the_equations if std == 1 else chain, tensors, FP64)
+        got, twin = (evaluate(lambda *t, i=i: chain(*t, impl=i), tensors, FP32) for i in (impl, "ref"))
+        assert all(g.isfinite().all() for g in got)
+        errors.append([(worst(g, w), worst(t, w)) for g, t, w in zip(got, twin, want, strict=True)])
+    for name, pairs in zip(NAMES, zip(*errors, strict=True), strict=True):
+        ours, twins = map(statistics.median, zip(*pairs, strict=True))
+        assert twins < (1e-5 if std == 1 else 1e-3), name
+        assert ours <= 2 * twins + 1e-6, f"{name}: {ours:.2e}, the twin {twins:.2e}"
 
 
 @pytest.mark.parametrize("z", [-80.0, -20.0, -1.0, 0.0, 5.0, 20.0, 80.0])
