@@ -29,7 +29,14 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage, ScheduleDualPipeV, ScheduleZBVZeroBubble
-from torch.distributed.pipelining.schedules import BACKWARD_INPUT, BACKWARD_WEIGHT, FULL_BACKWARD, Schedule1F1B, _Action
+from torch.distributed.pipelining.schedules import (
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    FULL_BACKWARD,
+    Schedule1F1B,
+    _Action,
+)
 from torch.utils._pytree import tree_map_only
 
 from model import GPT, RESIDUALS, MoE
@@ -56,6 +63,42 @@ class DualPipeV(ScheduleDualPipeV):
 class ZBV(ScheduleZBVZeroBubble):
     def _calculate_single_rank_operations(self, rank):
         return whole_backwards(super()._calculate_single_rank_operations(rank))
+
+
+def order(schedule, size, micro_batches):
+    """What each rank runs, in order, as torch's schedules have it: for each a list of (kind, stage, micro-batch), kind
+    'F' or 'B'. A forward and a backward that the schedule pairs to overlap stand one after the other."""
+    if schedule == "1f1b":
+        return [one_forward_one_backward(rank, size, micro_batches) for rank in range(size)]
+    planner = object.__new__({"dualpipev": DualPipeV, "zbv": ZBV}[schedule])  # its plan wants no process group
+    planner.pp_group_size, planner._n_microbatches, planner.num_stages = size, micro_batches, 2 * size
+    flat = []
+    for rank in range(size):
+        actions = [a for a in planner._calculate_single_rank_operations(rank) if a is not None]
+        actions = [part for a in actions for part in a.sub_actions or (a,)]
+        kinds = ["F" if a.computation_type == FORWARD else "B" for a in actions]
+        flat.append([(kind, a.stage_index, a.microbatch_index) for kind, a in zip(kinds, actions, strict=True)])
+    return flat
+
+
+def one_forward_one_backward(rank, size, micro_batches):
+    """Rank's actions in 1F1B: forwards until the first gradient can be back, then backward and forward in turn."""
+    ahead = min(micro_batches, size - rank)
+    actions = [("F", rank, m) for m in range(ahead)]
+    for m in range(micro_batches):
+        actions.append(("B", rank, m))
+        if m + ahead < micro_batches:
+            actions.append(("F", rank, m + ahead))
+    return actions
+
+
+def in_flight(actions):
+    """The most forwards on one rank whose backward has not been: the stages' activations that it keeps at once."""
+    open_now = most = 0
+    for kind, _, _ in actions:
+        open_now += 1 if kind == "F" else -1
+        most = max(most, open_now)
+    return most
 
 
 def stages_of(rank, size, schedule):
@@ -146,7 +189,7 @@ class Pipeline:
                 self.owner[s] = r
         mine = stages_of(self.rank, self.size, schedule)
         self.stages = {s: Stage(model, ranges[s], s == 0, s == self.n_stages - 1) for s in mine}
-        keep_only(model, [i for s in mine for i in ranges[s]], 0 in mine, self.n_stages - 1 in mine)
+        cut_model(model, self.rank, self.size, schedule)
         model.forward, model.look = self.forward, self.look
 
     def set_autocast(self, autocast):
@@ -264,6 +307,12 @@ class Pipeline:
         everyones = [None] * self.size
         dist.all_gather_object(everyones, mine, group=self.group)
         return [value for _, value in sorted((kv for found in everyones for kv in found.items()), key=lambda kv: kv[0])]
+
+
+def cut_model(model, rank, size, schedule):
+    """Leave a GPT on the meta device, in place, what one rank of a pipeline holds."""
+    ranges, mine = cut(model.config, size, schedule), stages_of(rank, size, schedule)
+    keep_only(model, [i for s in mine for i in ranges[s]], 0 in mine, len(ranges) - 1 in mine)
 
 
 def keep_only(model, blocks, first, last):

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 import expert_parallel
 import model as model_file
+import pipeline
 import program
 from model import GPT, MHC, RESIDUALS
 from parallel import check_batch, check_layout, groups
@@ -79,9 +80,11 @@ def sublayer_bytes(c, e):
     return [v for i in range(c.n_layer) for v in (attention_bytes(c, e), dense if i < c.first_k_dense_replace else moe)]
 
 
-def activation_bytes(c, recompute, block, e):
-    """Per token: (kept for the backward, the most a replay adds to it). block: sublayers in a segment."""
-    F, L = sublayer_bytes(c, e), 2 * c.n_layer
+def activation_bytes(c, recompute, block, e, blocks=None):
+    """Per token: (kept for the backward, the most a replay adds to it). block: sublayers in a segment; blocks: numbers
+    of the transformer blocks that are there, all by default."""
+    blocks = range(c.n_layer) if blocks is None else blocks
+    F, L = [b for i in blocks for b in sublayer_bytes(c, e)[2 * i : 2 * i + 2]], 2 * len(blocks)
     boundary, start = RESIDUALS[c.residual].kept_bytes(c, e) + norm_bytes(c, e), e * c.n_streams * c.n_embd
     starts = start * math.ceil(L / block)
     ends = 8 * c.n_embd + e * c.n_embd  # the final norm, what the head reads
@@ -90,7 +93,7 @@ def activation_bytes(c, recompute, block, e):
     if recompute == "mhc":
         there = e * c.n_embd  # F's outputs are not made again
         return sum(F) + there * L + starts + ends, (boundary - there) * block
-    return starts + ends, max(sum(F[i : i + block]) + boundary * block for i in range(0, L, block))
+    return starts + ends, max((sum(F[i : i + block]) + boundary * block for i in range(0, L, block)), default=0)
 
 
 # -- memory and communication ---------------------------------------------------------------------------------------
@@ -113,8 +116,23 @@ def cut_experts(model, s):
             if s["expert_size"] > 1]  # fmt: skip
 
 
-def memory(model, s, world, block):
-    """{what: bytes} on one device. s: the run's settings."""
+def of_rank(config, s, rank=0):
+    """(the GPT on the meta device with what is of one rank of its pipeline: all, without one; micro-batches whose
+    activations it keeps at once)."""
+    with torch.device("meta"):
+        model = GPT(config)
+    size, schedule = s["pipeline_size"], s["pipeline_schedule"]
+    if size == 1:
+        return model, 1
+    pipeline.cut_model(model, rank, size, schedule)
+    micro_batches = s["batch_size"] // (s["micro_batch_size"] * (s["world"] // size))
+    held = pipeline.in_flight(pipeline.order(schedule, size, micro_batches)[rank])
+    return model, held / len(pipeline.stages_of(rank, size, schedule))
+
+
+def memory(model, s, world, block, held=1):
+    """{what: bytes} on one device. s: the run's settings; model and held: of one rank of a pipeline, see of_rank, and
+    world then the ranks that have the same."""
     c, e = model.config, 2 if s["dtype"] == "bfloat16" else 4
     P = sum(p.numel() for p in model.parameters())
     S = (s["shard_size"] or world) if s["parallel"] == "fsdp" else 1
@@ -130,20 +148,24 @@ def memory(model, s, world, block):
         # the root stays for the step; of the others, one is used while the next arrives, and one is being reduced
         parts["weights gathered"] = 4 * sizes[-1][0] + 2 * e * largest
         parts["gradients on their way"] = (e + 4) * max(largest, sizes[-1][0])
+        if s["pipeline_size"] > 1:
+            parts["weights gathered"] = sum(
+                size * (e if narrow else 4) for size, narrow in sizes
+            )  # the stages', all step
         if micro_batches > 1 and not s["reduce_always"]:
-            parts["whole gradients between micro-batches (reduce_always=False)"] = 4 * P
+            here = P - sum(p.numel() for p in experts) * (s["expert_size"] - 1) // s["expert_size"]
+            parts["whole gradients between micro-batches (reduce_always=False)"] = 4 * here
     elif e == 2:
         parts["weights in bf16 (autocast)"] = 2 * sum(size for size, narrow in sizes[1:] if narrow)
-    kept, replay = activation_bytes(c, s["recompute"], block, e)
-    parts["activations kept"], parts["activations replayed"] = N * kept, N * replay
-    if (
-        experts
-    ):  # in the layer at work, as sent, as received, by expert, and back, if every rank gets as many as it sends
+    kept, replay = activation_bytes(c, s["recompute"], block, e, [i for i, _ in model.blocks()])
+    parts["activations kept"], parts["activations replayed"] = N * kept * held, N * replay
+    if experts:  # of the layer at work: as sent, received, by expert, back; as many received as sent
         parts["tokens on their way to experts and back"] = 4 * e * N * c.num_experts_per_tok * c.n_embd
     parts["gradients of the streams"] = 3 * N * e * c.n_streams * c.n_embd
     rows = min(N, max(1, model_file.LOGITS_AT_ONCE // c.vocab_size))
-    parts["logits"] = COPIES_OF_LOGITS * 4 * rows * c.vocab_size
-    parts["gradient of the head, made with its logits"] = 4 * c.n_embd * c.vocab_size
+    if model.lm_head is not None:
+        parts["logits"] = COPIES_OF_LOGITS * 4 * rows * c.vocab_size
+        parts["gradient of the head, made with its logits"] = 4 * c.n_embd * c.vocab_size
     return {name: int(value) for name, value in parts.items()}
 
 
@@ -163,21 +185,28 @@ def communication(model, s, world):
     *inner, (root, _) = group_sizes(model, experts)
     E, P = sum(p.numel() for p in experts), P - sum(p.numel() for p in experts)
     # once for the forward and once for the backward, which has what a replay of F needs; the root stays in between
-    gathered = 2 * sum(size * (e if narrow else 4) for size, narrow in inner) + 4 * root
+    gathered = (2 * sum(size * (e if narrow else 4) for size, narrow in inner) + 4 * root) * micro_batches
+    if s["pipeline_size"] > 1:  # a stage stays whole for the step
+        gathered = sum(size * (e if narrow else 4) for size, narrow in inner) + 4 * root
     share = (S - 1) / S
     moved = {
-        "all-gather of weights": int(share * gathered * micro_batches),
+        "all-gather of weights": int(share * gathered),
         "reduce-scatter of gradients": int(share * 4 * P * (micro_batches if s["reduce_always"] else 1)),
     }
     if experts:  # the shares of expert_size ranks, each gathered and reduced over the ranks that hold the same
         of_rank, D = E // s["expert_size"], world // s["expert_size"]
         share = (D - 1) / D * micro_batches
-        moved["all-gather of experts"] = int(share * 2 * e * of_rank)
+        times = 1 if s["pipeline_size"] > 1 else 2 * micro_batches
+        moved["all-gather of experts"] = int((D - 1) / D * times * e * of_rank)
         moved["reduce-scatter of experts"] = int((share if s["reduce_always"] else (D - 1) / D) * 4 * of_rank)
         tokens = s["micro_batch_size"] * s["seq_len"] * micro_batches
         ways = 6 if s["recompute"] == "full" else 4  # there and back, forward and backward; and in the replay
         one_way = tokens * c.num_experts_per_tok * c.n_embd * e * (s["expert_size"] - 1) / s["expert_size"]
-        moved["all-to-all of tokens"] = int(ways * one_way * (c.n_layer - c.first_k_dense_replace))
+        moved["all-to-all of tokens"] = int(ways * one_way * len(model.gates()))
+    if s["pipeline_size"] > 1:  # streams forward and their gradient back, from each stage whose neighbour is elsewhere
+        tokens = s["micro_batch_size"] * s["seq_len"] * micro_batches
+        neighbours = 1 if s["pipeline_schedule"] == "1f1b" else 2  # rank 0, the fullest: at one end of the V twice
+        moved["streams between stages"] = int(neighbours * tokens * c.n_streams * c.n_embd * e)
     if S < world:
         copies = world // S
         moved["all-reduce between copies"] = int(2 * (copies - 1) / copies * 4 * P / S)
@@ -191,8 +220,10 @@ def report(config, s):
     """Print what the run with settings s would take. Raises ValueError, naming the rule, for one that cannot be."""
     world = s["plan_devices"] or int(os.environ.get("WORLD_SIZE", 1))
     check_layout(s["parallel"], world, s["shard_size"])
-    expert_parallel.check(config, s["expert_size"], world, s["parallel"], s["shard_size"])
-    check_batch(s["batch_size"], s["micro_batch_size"], world)
+    pipeline.check(config, s, world)
+    alike = world // s["pipeline_size"]  # ranks that hold the same stages
+    expert_parallel.check(config, s["expert_size"], alike, s["parallel"], s["shard_size"])
+    check_batch(s["batch_size"], s["micro_batch_size"], alike)
     if s["plan_device"] not in MEMORY:
         raise ValueError(f"plan_device={s['plan_device']!r}: wanted one of {', '.join(MEMORY)}")
     with torch.device("meta"):
@@ -219,8 +250,27 @@ def report(config, s):
     copies = world // (s["shard_size"] or world) if s["parallel"] == "fsdp" else world
     shared = f", experts of a layer over {s['expert_size']}" if s["expert_size"] > 1 else ""
     print(f"layout: {world} devices, parallel={s['parallel']!r}, {copies} copies of the weights{shared}")
-    print_bytes("memory per device", memory(model, s, world, block), MEMORY[s["plan_device"]])
-    print_bytes("sent by each rank in a step", communication(model, s, world))
+    print_stages(config, s)
+    of_ranks = [of_rank(config, s | {"world": world}, rank) for rank in range(s["pipeline_size"])]
+    most = max(
+        (memory(model, s, alike, block, held) for model, held in of_ranks), key=lambda parts: sum(parts.values())
+    )
+    print_bytes("memory per device", most, MEMORY[s["plan_device"]])
+    most = max((communication(model, s, alike) for model, _ in of_ranks), key=lambda parts: sum(parts.values()))
+    print_bytes("sent by each rank in a step", most)
+    if most:
+        print(f"  most of it: {max(most, key=most.get)}")
+
+
+def print_stages(config, s):
+    """The blocks and the share of the FLOPs of each stage of a pipeline."""
+    if s["pipeline_size"] == 1:
+        return
+    costs, head = pipeline.block_flops(config)
+    ranges = pipeline.cut(config, s["pipeline_size"], s["pipeline_schedule"])
+    flops = [sum(costs[i] for i in r) + (head if r is ranges[-1] else 0) for r in ranges]
+    shares = " ".join(f"{len(r)}:{100 * f / sum(flops):.1f}%" for r, f in zip(ranges, flops, strict=True))
+    print(f"{s['pipeline_schedule']}, {len(ranges)} stages, blocks:share of the FLOPs: {shares}")
 
 
 def print_bytes(title, parts, limit=None):
@@ -243,7 +293,11 @@ def check_fits(model, s, ranks):
         has = torch.mps.recommended_max_memory()
     else:
         has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    needs = memory(model, s, ranks.world, block_length(model.config, s["recompute"], s["recompute_block"]))
+    block = block_length(model.config, s["recompute"], s["recompute_block"])
+    held = 1
+    if s["pipeline_size"] > 1:
+        model, held = of_rank(model.config, s | {"world": ranks.world}, ranks.rank * s["pipeline_size"] // ranks.world)
+    needs = memory(model, s, ranks.world // s["pipeline_size"], block, held)
     if sum(needs.values()) <= has:
         return
     most = sorted(needs, key=needs.get, reverse=True)[:3]

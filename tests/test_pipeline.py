@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage
 
 import mhc_cpu
 import model as model_file
@@ -122,6 +123,29 @@ def check_gradients(schedule):
 @pytest.mark.parametrize("schedule", pipeline.SCHEDULES)
 def test_two_ranks_compute_what_one_process_does(schedule):
     run_ranks(2, check_gradients, schedule)
+
+
+def check_order(schedule):
+    """torch is watched at its stages' own methods."""
+    ranks, gpt, idx, targets = build(2, schedule)
+    seen = []
+
+    def watch(kind, inner):
+        def watched(self, mb, *args, **kwargs):
+            seen.append((kind, self.stage_index, mb))
+            return inner(self, mb, *args, **kwargs)
+
+        return watched
+
+    PipelineStage.forward_one_chunk = watch("F", PipelineStage.forward_one_chunk)
+    PipelineStage.backward_one_chunk = watch("B", PipelineStage.backward_one_chunk)
+    ranks.pipeline.step(idx, targets, 8)
+    assert seen == pipeline.order(schedule, 2, 8)[dist.get_rank()]
+
+
+@pytest.mark.parametrize("schedule", pipeline.SCHEDULES)
+def test_the_order_is_the_one_torch_executes(schedule):
+    run_ranks(2, check_order, schedule)
 
 
 def test_no_sublayers_change_nothing():

@@ -21,9 +21,9 @@ SMALL = dict(
     v_head_dim=24, intermediate_size=192, n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=48,
 )  # fmt: skip
 LAYOUT = dict(
-    dtype="float32", parallel="fsdp", shard_size=0, expert_size=1, reduce_always=False, recompute="none",
-    recompute_block=-1, batch_size=8, micro_batch_size=1, seq_len=32, max_steps=10, plan_devices=8, plan_device="H100",
-    plan_mfu=0.4, lr=1e-3, maps_lr_scale=1.0,
+    dtype="float32", parallel="fsdp", shard_size=0, expert_size=1, pipeline_size=1, pipeline_schedule="dualpipev",
+    reduce_always=False, recompute="none", recompute_block=-1, batch_size=8, micro_batch_size=1, seq_len=32,
+    max_steps=10, plan_devices=8, plan_device="H100", plan_mfu=0.4, lr=1e-3, maps_lr_scale=1.0,
 )  # fmt: skip
 
 
@@ -158,6 +158,31 @@ def test_64_gpus_move_less_with_the_experts_shared_in_a_node(capsys):
         for how in (dict(shard_size=8), dict(expert_size=8))
     ]
     assert 3700 < sent[0] < 3900 and sent[1] < 1200, sent
+
+
+@pytest.mark.parametrize("schedule", ["dualpipev", "1f1b"])
+def test_the_ranks_of_a_pipeline_hold_the_model_between_them(schedule):
+    config, s = GPTConfig(**SMALL), settings(pipeline_size=2, pipeline_schedule=schedule, world=2)
+    parts = [plan.of_rank(config, s, rank) for rank in (0, 1)]
+    with torch.device("meta"):
+        whole = GPT(config)
+    names = [name for model, _ in parts for name, _ in model.named_parameters()]
+    assert sorted(names) == sorted(name for name, _ in whole.named_parameters())
+    wanted, _ = plan.activation_bytes(config, "none", 8, 4)
+    kept = [plan.activation_bytes(config, "none", 8, 4, [i for i, _ in m.blocks()])[0] for m, _ in parts]
+    assert wanted < sum(kept) < 1.2 * wanted  # the final norm is counted on each
+    held = {"dualpipev": [2.5, 2.5], "1f1b": [2, 1]}[
+        schedule
+    ]  # of its blocks: 5 stages' worth on a rank with 2, or 2 and 1
+    assert [h for _, h in parts] == held
+
+
+def test_a_pipeline_of_the_27b_model(capsys):
+    """64 GPUs, 8 a node: experts inside the node, the depth over the nodes."""
+    layout = dict(plan_devices=64, recompute="mhc", expert_size=8, pipeline_size=8, reduce_always=False)
+    out = report(capsys, "mhc_27b", **layout)
+    assert "fits in 80 GB" in out and "16 stages" in out and "most of it: all-to-all of tokens" in out
+    assert float(re.search(r"sent by each rank in a step: ([\d.]+) GB", out)[1]) < 400
 
 
 def test_what_may_not_fit_is_warned_of_and_what_cannot_is_refused(monkeypatch, capsys):
