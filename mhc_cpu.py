@@ -98,6 +98,8 @@ def sinkhorn_backward(g_H, logits, sinkhorn_iters):
 
 def by_size(direct, by_log, logits, *others):
     """direct(logits, *others), and by_log for the tokens with large logits: no token's result depends on another's."""
+    if logits.device.type != "cpu":
+        return by_log(logits, *others)  # asking another device for a value would wait for it
     large = logits.abs().amax((0, 1)) > LARGE  # (T,)
     if large.all():
         return by_log(logits, *others)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
+import mhc_cpu
 import model as module
 from model import GPT, MLA, Combine, Dispatch, Experts, GPTConfig, HeadLoss, MoE, apply_rope, rope_angles
 from plan import LiveBytes
@@ -231,8 +232,9 @@ def without_values(gpt):
 
 
 @pytest.mark.parametrize("residual", ["baseline", "hc", "mhc"])
-def test_a_step_never_waits_for_the_device(residual):
+def test_a_step_never_waits_for_the_device(residual, monkeypatch):
     """Fakes fail whatever asks for a value: item, tolist, bincount, nonzero. (CUDA fakes need a CUDA build.)"""
+    monkeypatch.setattr(mhc_cpu, "by_size", lambda direct, by_log, *args: by_log(*args))  # a CPU alone is asked
     with torch.device("meta"):
         gpt = GPT(GPTConfig(**TINY | {"residual": residual, "impl": "eager"}))
     with FakeTensorMode():
