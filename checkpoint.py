@@ -74,6 +74,7 @@ from owned import NotOurs, free_name, sync_folder, write_json
 from records import Missing, RecordError, Unreadable, each, integer, names_in, open_file, parse, read_json, string
 
 FORMAT = 1
+OVERWRITTEN = ("config.json", "metrics.jsonl", "metrics-dropped.jsonl", "maps.npz", "trace.json")  # in a run folder
 STEP_FOLDER = re.compile(r"step-(\d{8,})")
 FILE_BYTES = 2 << 30  # of one file: safetensors are serialised in memory, so this bounds a save's extra memory
 
@@ -462,6 +463,8 @@ def resume_point(out_dir):
     def clean():
         owned.make(out_dir, "run", looks_like_a_run)
         lock(out_dir)
+        for name in OVERWRITTEN:
+            owned.check_file(os.path.join(out_dir, name))
         for name in names_of(out_dir):
             path = os.path.join(out_dir, name)
             if re.fullmatch(r"\.tmp-(old-)?step-\d{8,}", name) and owned.is_folder(path):

@@ -274,7 +274,8 @@ class Corpus:
                 self.altered = e
 
         self.bytes = sum(shard.stamp[0] for shard in self.shards)
-        threading.Thread(target=work, daemon=True).start()
+        self.thread = threading.Thread(target=work, daemon=True)
+        self.thread.start()
 
 
 def read_meta(data_dir):

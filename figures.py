@@ -194,7 +194,8 @@ def draw_gradient_norm(ax, runs):
     """Gradient norm before clipping (Figs 2b, 5b)."""
     for run in runs:
         ax.plot(*run.series("grad_norm"), **look(runs)[run], linewidth=0.7)
-    ax.set_yscale("log")
+    if any((run.series("grad_norm")[1] > 0).any() for run in runs):
+        ax.set_yscale("log")
     label(ax, "gradient norm", "step", "")
 
 
@@ -309,7 +310,7 @@ def main():
 
 def check_out():
     """The ending of the picture's name, once it is known that it can be drawn there."""
-    ending, known = os.path.splitext(out)[1].lower(), plt.figure().canvas.get_supported_filetypes()
+    ending, known = os.path.splitext(out)[1].lower(), matplotlib.backend_bases.FigureCanvasBase.filetypes
     if ending[1:] not in known:
         fail(f"out={out!r}: wanted a name that ends in one of {', '.join('.' + k for k in sorted(known))}")
     if not os.path.isdir(folder := os.path.dirname(out) or "."):
