@@ -33,6 +33,7 @@ from parallel import check_batch, check_layout, groups
 from recompute import best_block, block_cost, block_length
 
 MEMORY = {"B200": 180e9, "H200": 141e9, "H100": 80e9, "A100": 80e9, "MI300X": 192e9}  # bytes, from the makers
+BANDWIDTH = {"B200": 8e12, "H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "MI300X": 5.3e12}  # bytes/s, likewise
 COPIES_OF_LOGITS = 3  # of one chunk in the loss: as they come, in fp32, and their gradient
 
 

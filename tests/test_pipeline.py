@@ -14,6 +14,7 @@ import recompute
 from model import GPT, GPTConfig, run_sublayers
 from parallel import Ranks
 from tests.ranks import run_ranks
+from tools.pipeline_report import Times, simulate
 
 SMALL = dict(
     vocab_size=64, seq_len=8, n_layer=6, n_embd=32, n_head=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8,
@@ -173,3 +174,25 @@ SETTINGS = dict(
 def test_pipelines_that_cannot_be_name_the_rule(changes, world, words):
     with pytest.raises(ValueError, match=words):
         pipeline.check(GPTConfig(**SMALL), SETTINGS | changes, world)
+
+
+def play(schedule, size, micro_batches, **times):
+    return simulate(
+        schedule, size, micro_batches, Times(**dict(forward=1.0, backward=2.0, wire=0.0, exposed=False) | times)
+    )
+
+
+def test_a_step_on_paper_has_the_bubble_of_the_formula():
+    """1F1B with equal stages: (W - 1) forwards and backwards idle; the wire only delays, or is waited for."""
+    step, bubble, waited, held = play("1f1b", 4, 16)
+    assert step == 3 * (16 + 3) and bubble == pytest.approx(3 / 19) and waited == 0 and held == 4
+    later = play("1f1b", 4, 16, wire=0.1)[0]
+    worst, _, waited, _ = play("1f1b", 4, 16, wire=0.1, exposed=True)
+    assert step < later < worst and waited == pytest.approx(0.1 * 32)  # a rank in the middle sends both ways
+    assert play("dualpipev", 4, 16)[1] < bubble  # with two half-size stages a rank: its times are not halved here
+
+
+def test_no_schedule_waits_for_itself():
+    for schedule in pipeline.SCHEDULES:
+        for size in (2, 3, 4):
+            assert play(schedule, size, 2 * size + 1)[0] > 0

@@ -8,6 +8,7 @@
     python tools/bench.py generate                         # one more token after 512: with the latent cache and without
     python tools/bench.py step                             # one training step of the demo's model, here and now
     python tools/bench.py neighbour                        # the same beside busy programs, by OMP_WAIT_POLICY
+    python tools/bench.py pipeline                         # a pipeline step on paper: bubble, wire, micro-batches held
     python tools/bench.py kernels                          # what compilers make of the Triton kernels; nothing is run
     python tools/bench.py traffic                          # bytes the Triton kernels ask for, by its interpreter
     python tools/bench.py gpu                              # times of the Triton kernels; needs a GPU
@@ -34,11 +35,12 @@ import time
 
 import torch
 
+import pipeline
 import recompute
-from configurator import at_least, between, configure, fail
+from configurator import above, at_least, between, configure, fail, one_of, read_file
 from model import GPT, MLA, RESIDUALS, GPTConfig, LatentCache, MoE, RMSNorm, rope_angles
-from plan import measured_bytes
-from tools import kernel_report
+from plan import BANDWIDTH, measured_bytes, peak_flops
+from tools import kernel_report, pipeline_report
 
 # bench.py cpu
 widths = "512,1280"  # widths C to time: 512 (small MoE) and 1280 (the 3B config's block)
@@ -56,6 +58,15 @@ question_tokens = 60
 choice_tokens = 25
 # bench.py generate
 context = 512  # tokens before the one that is timed; one of them is run, so 2 at least
+# bench.py pipeline
+config = "config/mhc_27b.py"  # the model
+pipeline_size = 8
+pipeline_schedule = "dualpipev"
+micro_batches = 160  # of a step, on each rank
+card = "H100"
+mfu = 0.4  # the share of its peak FLOP/s that is used
+memory_share = 0.8  # and of its memory's bandwidth
+link = 40.0  # GB/s between two stages
 # bench.py memory
 depths = "24,60"  # sublayers L; 60 is the paper's 27B model
 n_streams = 4
@@ -65,6 +76,9 @@ RULES = {
     **dict.fromkeys(("questions", "question_tokens", "choice_tokens"), at_least(1, 10**5)),
     "threads": at_least(0, 1024), "shot_tokens": at_least(0, 10**5), "n_streams": at_least(1, 64),
     "rounds": at_least(2, 10**5), "context": at_least(2, 10**5), "seed": between(0, 2**63 - 1),
+    "pipeline_size": at_least(2, 256), "pipeline_schedule": one_of(*pipeline.SCHEDULES),
+    "micro_batches": at_least(1, 10**4), "card": one_of(*BANDWIDTH), "link": above(0, 10**5),
+    **dict.fromkeys(("mfu", "memory_share"), between(0.001, 1)),
 }  # fmt: skip
 
 
@@ -454,6 +468,19 @@ def neighbour():
         print(f"  {busy} busy neighbours: {ms}, their ratio {statistics.median(ratios):.3f} ± {spread(ratios):.3f}")
 
 
+def simulate_pipeline():
+    """A pipeline step on paper, from assumed times: baseline, n = 4, single-pass; bubble, wire, what is held."""
+    stages = pipeline_size if pipeline_schedule == "1f1b" else 2 * pipeline_size
+    if pipeline_schedule == "dualpipev" and micro_batches < stages:
+        fail(f"micro_batches={micro_batches}: 'dualpipev' wants at least as many as stages, {stages}")
+    given = {k: v for k, v in read_file(config).items() if k in GPTConfig.__dataclass_fields__}
+    assumed = {
+        "tokens": tokens, "peak": peak_flops(card), "mfu": mfu, "bandwidth": BANDWIDTH[card], "share": memory_share,
+        "link": link * 1e9, "bytes": 2,
+    }  # fmt: skip
+    pipeline_report.report(GPTConfig(**given), pipeline_size, pipeline_schedule, micro_batches, assumed)
+
+
 def kernels():
     """What the compilers make of the Triton kernels, for three NVIDIA chips and one of AMD."""
     kernel_report.main("compile")
@@ -475,7 +502,8 @@ def retune():
 
 
 COMMANDS = {f.__name__: f for f in (cpu, memory, generate, step, neighbour, kernels, traffic, gpu, retune)} | {
-    "eval": evaluation
+    "eval": evaluation,
+    "pipeline": simulate_pipeline,
 }
 SETTINGS = {  # what each reads; the others read none
     "cpu": ("widths", "tokens", "seq_len", "impls", "rounds", "threads", "profile", "seed"),
@@ -484,6 +512,7 @@ SETTINGS = {  # what each reads; the others read none
     "memory": ("depths", "n_streams", "seed"),
     "step": ("rounds", "threads", "seed"),
     "neighbour": ("rounds",),
+    "pipeline": tuple("config pipeline_size pipeline_schedule micro_batches tokens card mfu memory_share link".split()),
 }
 
 
