@@ -368,9 +368,9 @@ def test_deepseek_v4s_head_is_our_collapse(n=4, C=5):
 GROWN = [
     {"residual": "mhc"},
     {"residual": "mhc", "collapse": "head", "n_streams": 2},
-    {"residual": "mhc", "n_streams": 3, "manifold": "budget", "impl": "ref"},
+    {"residual": "mhc", "n_streams": 3, "manifold": "budget"},
     {"residual": "hc"},
-    *({"residual": "mhc", "manifold": name, "impl": "ref"} for name in MANIFOLDS if name not in ("sinkhorn", "budget")),
+    *({"residual": "mhc", "manifold": name} for name in MANIFOLDS if name not in ("sinkhorn", "budget")),
 ]
 
 
@@ -407,7 +407,7 @@ def test_after_one_step_its_streams_differ_and_after_20_every_live_map_has_moved
         path = f"layers.{s // 2}.{'mlp' if s % 2 else 'attn'}_residual."
         moved = (boundary.b - start[path + "b"]).abs().split(boundary.sizes)
         for live, by in zip(boundary.live, moved, strict=True):
-            assert (by > 1e-5).all() if live else (by == 0).all(), (s, moved)
+            assert by.max() > 1e-4 if live and by.numel() else (by == 0).all(), (s, moved)
 
 
 def test_readmes_commands(run, command, corpus, tmp_path, monkeypatch):

@@ -196,9 +196,7 @@ SMALL = dict(
 )  # fmt: skip
 
 
-def make(manifold, impl=""):
-    """impl: '' takes the fused one for Sinkhorn, which is the only manifold that has one."""
-    impl = impl or ("auto" if manifold == "sinkhorn" else "ref")
+def make(manifold, impl="eager"):
     model = GPT(GPTConfig(**SMALL, manifold=manifold, impl=impl))
     model.init_weights(0)
     return model
