@@ -72,7 +72,8 @@ class GPTConfig:
     alpha_init: float = 0.01
     maps_init: str = "home"  # of mHC's b: 'home' | 'paper' (appendix A.6), see GPT.initial_value
     learned_maps: str = "pre,post,res"  # the others are fixed to H_pre = 1/n, H_post = 1, H_res = I (Table 1)
-    collapse: str = "sum"  # or 'head': a learned sigmoid head over the streams
+    single_pass: bool = False  # mHC: a sublayer is read through the H_pre made one boundary before
+    collapse: str = "sum"  # or 'head': a learned sigmoid head over the streams. Single-pass: neither, the last H_pre
     impl: str = "auto"  # of mhc_step: see mhc.py
     # everywhere
     norm_eps: float = 1e-20
@@ -119,7 +120,8 @@ class GPTConfig:
 class Residual(nn.Module):
     """What every kind answers. One is made for each sublayer s = 0 .. 2L-1, as RESIDUALS[config.residual](config, s).
 
-    carry: what a boundary hands to the next one, None or a tuple of tensors. Only the class itself looks into it.
+    carry: what a boundary hands to the next one, None or a tuple of tensors; and what a segment's end hands to the next
+    segment, None or one tensor. Only the class itself looks into it.
     """
 
     one_stream = False  # True: n_streams is 1, whatever the setting
@@ -132,6 +134,8 @@ class Residual(nn.Module):
     @staticmethod
     def check(config):
         """Raise ValueError, `name=value: wanted ...`, for settings that this kind cannot have."""
+        if config.single_pass:
+            raise ValueError(f"single_pass=True: wanted residual='mhc', which alone has it; got {config.residual!r}")
 
     @staticmethod
     def closed_carry(config, B, T):
@@ -302,6 +306,10 @@ class MHC(HyperConnection):
 
     phi (nC, n^2+2n), alpha (3,), b (n^2+2n,), all in the order pre | post | res, mat(.) row-major. Another manifold
     (manifolds.py) takes Sinkhorn's place, and with it another number of logits that of n^2.
+
+    single_pass (DeepSeek-V4.1's): the H_pre made before sublayer s reads the streams of sublayer s + 1, so that one
+    pass over them can do the update, the read and the projection. Sublayer 0 reads stream 0, and the final norm reads
+    through the last H_pre. The carry is (H_pre, H_post, H_res) then, and H_pre alone from segment to segment.
     """
 
     res_weight, saturates = "phi_res", True
@@ -318,18 +326,33 @@ class MHC(HyperConnection):
         self.is_summed = self.ends_in_a_sum() and self.manifold is None
 
     def ends_in_a_sum(self):
-        """Whether collapse='sum' comes after this sublayer, the last: its H_res acts through its column sums alone."""
-        return self.s == 2 * self.config.n_layer - 1 and self.config.collapse == "sum"
+        """Whether this sublayer is the last and the streams are then summed, with equal weights: its H_res acts through
+        its column sums alone."""
+        equally = not self.learned[0] if self.config.single_pass else self.config.collapse == "sum"
+        return self.s == 2 * self.config.n_layer - 1 and equally
 
     @staticmethod
     def check(config):
         check_manifold(config.manifold, config.n_streams)
+        if config.single_pass and config.collapse == "head":
+            raise ValueError(
+                "collapse='head' with single_pass=True: wanted collapse='sum'; the final norm reads the streams through"
+                " the last H_pre, and a head would have nothing to do"
+            )
         if "post" not in config.learned_maps:
             raise ValueError(
                 f"learned_maps={config.learned_maps!r}: with H_post = 1 every stream gets the same, and a row-"
                 "stochastic H_res keeps equal streams equal: no map would act; wanted 'post' among them, or "
                 "residual='baseline'"
             )
+
+    @staticmethod
+    def closed_carry(config, B, T):
+        return torch.empty(B, T, config.n_streams, device="meta") if config.single_pass else None
+
+    def pre_is_a_scale(self):
+        """Single-pass: the H_pre made before the first sublayer reads the second's streams, and they differ."""
+        return super().pre_is_a_scale() and (self.n == 1 or not self.config.single_pass)
 
     def live_maps(self):
         """Before the first sublayer all streams are equal, so a row-stochastic H_res changes nothing, whatever the
@@ -348,26 +371,41 @@ class MHC(HyperConnection):
 
     def forward(self, x, y, carry):
         """HyperConnection's in one fused operation."""
-        H_post, H_res = carry or (None, None)
+        H_pre = None
+        if self.config.single_pass:  # the one that reads here
+            H_pre = self.stream_0(x) if carry is None else carry if y is None else carry[0]
+        H_post, H_res = (None, None) if y is None else carry[-2:]
         with torch.autocast(x.device.type, enabled=False):
-            options = {"impl": self.impl, "manifold": self.manifold}
-            x, x_in, H_post, H_res = mhc_step(
+            options = {"impl": self.impl, "H_pre": H_pre, "manifold": self.manifold}
+            x, x_in, *maps, H_res = mhc_step(
                 x, y, H_post, H_res, *self.projection(), self.sinkhorn_iters, self.eps, **options
             )
-        return x, x_in, (H_post, cut_converged(H_res) if self.is_summed else H_res)
+        return x, x_in, (*maps, cut_converged(H_res) if self.is_summed else H_res)
+
+    def stream_0(self, x):
+        """x (..., n, C) -> the H_pre (..., n) that reads its first stream."""
+        return torch.eye(1, self.n, dtype=map_dtype(x), device=x.device).expand(x.shape[:-1])
+
+    def close(self, x, y, carry):
+        return super().close(x, y, carry[-2:])[0], carry[0] if self.config.single_pass else None
+
+    @staticmethod
+    def collapse(x, carry):
+        return collapse_streams(x) if carry is None else mhc_pre(x, carry)
 
     def first_value(self, name, shape, generator):
         if name == "phi":
             return torch.empty(shape).normal_(0, 0.02, generator=generator)
         one_hot, zeros = torch.eye(self.n)[self.s % self.n], torch.zeros(self.n)
+        read = torch.eye(self.n)[(self.s + self.config.single_pass) % self.n]  # home of the sublayer that H_pre reads
         manifold = MANIFOLDS[self.config.manifold]
         res = manifold.first(self.n)
         if self.config.manifold == "sinkhorn" and self.config.maps_init == "home":
             res = 2 * torch.eye(self.n).flatten() - 2
         value = {
             "alpha": torch.full((3,), self.config.alpha_init),
-            "home": torch.cat((8 * one_hot - 4, 4 * one_hot - 2, res)),
-            "paper": torch.cat((3 * one_hot - 3, zeros, res)),
+            "home": torch.cat((8 * read - 4, 4 * one_hot - 2, res)),
+            "paper": torch.cat((3 * read - 3, zeros, res)),
         }[self.config.maps_init if name == "b" else name]
         nearly_one_nth = (zeros + 1 / self.n).logit(1e-6)  # one stream: its factor is nothing to the pre-norm
         return self.fixed(name, value, torch.cat((nearly_one_nth, zeros, manifold.fixed(self.n))))
@@ -380,7 +418,8 @@ class MHC(HyperConnection):
     @staticmethod
     def kept_bytes(config, e):
         n_logits = MANIFOLDS[config.manifold].n_logits(config.n_streams)
-        return HyperConnection.kept_bytes(config, e) + projection_bytes(config.n_streams, n_logits)
+        H_pre = 4 * config.n_streams if config.single_pass else 0
+        return HyperConnection.kept_bytes(config, e) + projection_bytes(config.n_streams, n_logits) + H_pre
 
 
 def cut_converged(H_res):
@@ -939,7 +978,8 @@ class GPT(nn.Module):
         | HC theta             | 0                                      | HC's own                                   |
         | HC b                 | pre one-hot(h), post 1, res I          | HC's own: starts as the baseline           |
         | mHC phi, head phi    | N(0, 0.02)                             | see below                                  |
-        | mHC b, 'home': pre   | +4 at h, -4 elsewhere: H_pre .98, .02  | a sublayer reads its home stream           |
+        | mHC b, 'home': pre   | +4 at h, -4 elsewhere: H_pre .98, .02  | a sublayer reads its home stream (single-  |
+        |                      |                                        | pass: so h is that of the next sublayer)   |
         |                post  | +2 at h, -2 elsewhere: H_post 1.8, .24 | and writes mostly there, so streams differ |
         |                res   | 0 on the diagonal, -2 elsewhere        | H_res .71 on, .10 off: has room to move    |
         | mHC b, 'paper': pre  | 0 at h, -3 elsewhere: H_pre .5, .05    | A.6: starts as the baseline, and yet       |

@@ -87,8 +87,11 @@ def activation_bytes(c, recompute, block, e, blocks=None):
     blocks = range(c.n_layer) if blocks is None else blocks
     F, L = [b for i in blocks for b in sublayer_bytes(c, e)[2 * i : 2 * i + 2]], 2 * len(blocks)
     boundary, start = RESIDUALS[c.residual].kept_bytes(c, e) + norm_bytes(c, e), e * c.n_streams * c.n_embd
-    starts = start * math.ceil(L / block)
     ends = 8 * c.n_embd + e * c.n_embd  # the final norm, what the head reads
+    if (carry := RESIDUALS[c.residual].closed_carry(c, 1, 1)) is not None:
+        start += carry.nbytes
+        ends += start  # the streams that it reads at the end
+    starts = start * math.ceil(L / block)
     if recompute == "none":
         return sum(F) + boundary * L + ends, 0
     if recompute == "mhc":
@@ -242,6 +245,7 @@ def report(config, s):
     if RESIDUALS[config.residual].has_maps:
         mhc = issubclass(RESIDUALS[config.residual], MHC)
         first = f"manifold={config.manifold!r}, maps_init={config.maps_init!r}, " if mhc else ""
+        first += "single-pass, " if config.single_pass else ""
         print(
             f"maps: {first}LR of alpha and b {s['lr'] * s['maps_lr_scale']:.3g} (maps_lr_scale={s['maps_lr_scale']:g})"
         )

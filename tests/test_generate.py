@@ -39,10 +39,12 @@ def logits_through_cache(model, sequences, starts, chunks):
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float64, 1e-11)])
 @pytest.mark.parametrize("q_lora_rank", [0, 10])
 @pytest.mark.parametrize(
-    "residual, collapse", [("baseline", "sum"), ("hc", "sum"), ("hc", "head"), ("mhc", "sum"), ("mhc", "head")]
-)
-def test_the_cache_gives_the_logits_of_a_whole_forward(residual, q_lora_rank, collapse, dtype, tolerance):
-    model = make_model(dtype, residual=residual, q_lora_rank=q_lora_rank, collapse=collapse)
+    "residual, changes",
+    [("baseline", {}), ("hc", {}), ("hc", {"collapse": "head"}), ("mhc", {}), ("mhc", {"collapse": "head"}),
+     ("mhc", {"single_pass": True})],
+)  # fmt: skip
+def test_the_cache_gives_the_logits_of_a_whole_forward(residual, q_lora_rank, changes, dtype, tolerance):
+    model = make_model(dtype, residual=residual, q_lora_rank=q_lora_rank, **changes)
     starts, chunks = [4, 1, 9, 6], [1, 1, 3, 1, 1]
     sequences = torch.randint(0, 23, (4, max(starts) + sum(chunks)), generator=torch.Generator().manual_seed(2))
     got = logits_through_cache(model, sequences, starts, chunks)

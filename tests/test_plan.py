@@ -78,10 +78,11 @@ def test_impossible_layouts_name_the_rule(capsys, changes, words):
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("residual", ["baseline", "hc", "mhc"])
+@pytest.mark.parametrize("residual", ["baseline", "hc", "mhc", "single-pass"])
 def test_activations_against_a_measured_run(residual, bf16):
     """Within 2 %, and the peak of the backward within 25 %. Under autocast the casts of the weights are kept too."""
-    model = GPT(GPTConfig(**SMALL, residual=residual))
+    kind = dict(residual=residual) if residual != "single-pass" else dict(residual="mhc", single_pass=True)
+    model = GPT(GPTConfig(**SMALL, **kind))
     model.init_weights(0)
     idx = torch.randint(64, (8, 32))
     e, N = 2 if bf16 else 4, idx.numel()

@@ -151,9 +151,9 @@ def test_hc_maps_equal_equation_5():
             np.testing.assert_allclose(got[t], want, atol=1e-5)
 
 
-@pytest.mark.parametrize("residual", ["hc", "mhc"])
-def test_with_neutral_maps_the_model_is_the_baseline(residual):
-    model, baseline = make(residual=residual), make(residual="baseline")
+@pytest.mark.parametrize("residual, single_pass", [("hc", False), ("mhc", False), ("mhc", True)])
+def test_with_neutral_maps_the_model_is_the_baseline(residual, single_pass):
+    model, baseline = make(residual=residual, single_pass=single_pass), make(residual="baseline")
     with torch.no_grad():
         for r in model.residuals():
             r.alpha.zero_()
@@ -198,9 +198,13 @@ def train_a_little(model, steps=20, seed=0):
         optimizer.step()
 
 
-@pytest.mark.parametrize("residual,collapse", [("hc", "sum"), ("mhc", "sum"), ("mhc", "head")])
-def test_every_live_map_moves_every_dead_one_stays_and_streams_differ(residual, collapse):
-    model = make(residual=residual, collapse=collapse, n_layer=3)
+@pytest.mark.parametrize(
+    "residual,end,dead_ones",
+    [("hc", "sum", [0]), ("mhc", "sum", [0, 2, 17]), ("mhc", "head", [0, 2]), ("mhc", "H_pre", [2])],
+)
+def test_every_live_map_moves_every_dead_one_stays_and_streams_differ(residual, end, dead_ones):
+    ends = dict(single_pass=True) if end == "H_pre" else dict(collapse=end)
+    model = make(residual=residual, **ends, n_layer=3)
     before = [m for r in model.residual_maps(tokens()) for m in r]
     b_before = [r.b.detach().clone() for r in model.residuals()]
     train_a_little(model)
@@ -215,7 +219,7 @@ def test_every_live_map_moves_every_dead_one_stays_and_streams_differ(residual, 
         for part, part0, alive in zip(r.b.split(r.sizes), b0.split(r.sizes), r_live, strict=True):
             assert (part - part0).abs().max() > 1e-3 if alive else torch.equal(part, part0)
     dead = [i for i, alive in enumerate(live) if not alive]
-    assert dead == {("hc", "sum"): [0], ("mhc", "sum"): [0, 2, 17], ("mhc", "head"): [0, 2]}[residual, collapse]
+    assert dead == dead_ones
     spread = model.look(tokens(), lambda r, x: (x - x.mean(-2, keepdim=True)).norm() / x.norm())
     assert min(spread[1:]) > 1e-2
 
@@ -296,10 +300,14 @@ def b_gradients(model):
     return [[g.double() for g in r.b.grad.split(r.sizes)] for r in model.residuals()]
 
 
-@pytest.mark.parametrize("residual,n", [("hc", 4), ("mhc", 4), ("hc", 1), ("mhc", 1)])
-def test_dead_maps_have_no_effect_and_that_is_why_they_are_cut(residual, n):
+@pytest.mark.parametrize(
+    "residual,n,single_pass",
+    [("hc", 4, False), ("mhc", 4, False), ("hc", 1, False), ("mhc", 1, False), ("mhc", 4, True), ("mhc", 1, True)],
+)
+def test_dead_maps_have_no_effect_and_that_is_why_they_are_cut(residual, n, single_pass):
     """The gradient that `live` throws away is rounding noise: in fp64 it is 1e-9 of a live map's, or less."""
-    model = make(residual=residual, n_streams=n, collapse="head" if n > 1 else "sum").double()
+    collapse = "head" if n > 1 and not single_pass else "sum"
+    model = make(residual=residual, n_streams=n, collapse=collapse, single_pass=single_pass).double()
     lives = [r.live for r in model.residuals()]
     uncut(model)
     train_a_little(model, steps=2)  # HC's streams are equal at the start
@@ -342,7 +350,7 @@ def test_the_last_H_res_learns_where_sinkhorn_has_not_converged(iters, std):
     if std:
         assert (got - want).norm() < 0.05 * want.norm()
     else:
-        assert (got == 0).all() and (noisy - want).norm() > 10 * want.norm()
+        assert (got == 0).all() and (noisy - want).norm() > 2 * want.norm()
 
 
 def test_one_token_is_cut_and_the_next_is_not():
