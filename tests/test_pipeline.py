@@ -103,10 +103,10 @@ def test_a_boundary_runs_once_for_each_micro_batch(schedule, mode):
     run_ranks(2, check_once, 2, schedule, mode)
 
 
-def check_gradients(schedule):
+def check_gradients(schedule, **settings):
     """Every gradient, the norm over all stages, a validation loss, and the maps of all sublayers."""
-    ranks, gpt, idx, targets = build(2, schedule)
-    want, one = whole(idx, targets)
+    ranks, gpt, idx, targets = build(2, schedule, **settings)
+    want, one = whole(idx, targets, **settings)
     assert ranks.pipeline.step(idx, targets, 8).item() == pytest.approx(want, abs=1e-6)
     gradients = dict(one.named_parameters())
     for name, p in gpt.named_parameters():
@@ -124,6 +124,14 @@ def check_gradients(schedule):
 @pytest.mark.parametrize("schedule", pipeline.SCHEDULES)
 def test_two_ranks_compute_what_one_process_does(schedule):
     run_ranks(2, check_gradients, schedule)
+
+
+def check_single_pass():
+    check_gradients("dualpipev", single_pass=True)
+
+
+def test_single_pass_hands_its_H_pre_from_stage_to_stage():
+    run_ranks(2, check_single_pass)
 
 
 def check_order(schedule):
