@@ -67,17 +67,92 @@ def jit(kernel):
 
     Token counts are never specialised on: one compilation serves every batch.
     """
-    return kernel if triton is None else triton.jit(kernel, do_not_specialize=["T"])
+    return kernel if triton is None else triton.jit(kernel, do_not_specialize=["T", "TILES", "STEPS", "SHARES"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Pieces. A tile is (BT, BC), tokens by channels of one stream, or (n, BT, BC), all streams.
+# A worked example: Sinkhorn alone. One program takes BT matrices, forward and backward.
 
 
 @jit
 def logsumexp(a, axis: tl.constexpr):
     top = tl.max(a, axis)
     return top + tl.log(tl.sum(tl.exp(a - tl.expand_dims(top, axis)), axis))
+
+
+@jit
+def sinkhorn_forward(log_M, ITERS: tl.constexpr):
+    """(BT, n, n) logits -> H_res, in the log domain (Eq 9)."""
+    for _ in range(ITERS):
+        # log_M = log_M - log_M.logsumexp(-2, keepdim=True)  # T_c: every column sums to 1
+        log_M -= logsumexp(log_M, 1)[:, None, :]
+        # log_M = log_M - log_M.logsumexp(-1, keepdim=True)  # T_r: every row sums to 1
+        log_M -= logsumexp(log_M, 2)[:, :, None]
+    return tl.exp(log_M)
+
+
+@jit
+def sinkhorn_backward(log_M, dM, n: tl.constexpr, ITERS: tl.constexpr, BT: tl.constexpr, HISTORY: tl.constexpr):
+    """Gradient of the logits from that of H_res: every iteration replayed, then undone in turn.
+
+    Iterates differ by potentials alone: log M then = log M at the end + u[:, None] + v[None, :], where u sums the row
+    norms of the iterations undone so far and v follows from u by T_c. So the whole history is one row norm an
+    iteration, (BT, n, HISTORY), in registers; and since u, v start at 0, nothing large cancels where M is not small.
+    Undoing a normalisation: with G the gradient of log M after it, the gradient before is G - M * G.sum(its axis).
+    """
+    step = tl.arange(0, HISTORY)[None, None, :]
+    history = tl.zeros((BT, n, HISTORY), tl.float32)
+    for k in range(ITERS):
+        log_M -= logsumexp(log_M, 1)[:, None, :]
+        norm = logsumexp(log_M, 2)[:, :, None]
+        log_M -= norm
+        history = tl.where(step == k, norm, history)
+    G = dM * tl.exp(log_M)
+    u = tl.zeros((BT, n), tl.float32)
+    for k in range(ITERS):
+        before = u + tl.sum(tl.where(step == ITERS - 1 - k, history, 0.0), 2)
+        after_T_c = log_M + before[:, :, None]
+        after_T_c -= logsumexp(after_T_c, 1)[:, None, :]
+        G -= tl.exp(after_T_c + (u - before)[:, :, None]) * tl.sum(G, 2)[:, :, None]  # undo T_r
+        G -= tl.exp(after_T_c) * tl.sum(G, 1)[:, None, :]  # undo T_c
+        u = before
+    return G
+
+
+@jit
+def map_offsets(row, n: tl.constexpr):
+    """Offsets of a (tokens, n) and of a (tokens, n, n) map, and their columns in phi, b and proj."""
+    i = tl.arange(0, n)
+    ij = i[:, None] * n + i[None, :]
+    return row[:, None] * n + i[None, :], row[:, None, None] * (n * n) + ij[None, :, :], i, ij
+
+
+@jit
+def sinkhorn_kernel(logits_ptr, H_res_ptr, T, n: tl.constexpr, ITERS: tl.constexpr, BT: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BT  # 64 bits here, so that 32 do for offsets inside a program
+    row = tl.arange(0, BT)
+    live = (start + row < T)[:, None, None]
+    _, at_nn, _, _ = map_offsets(row, n)
+    log_M = tl.load(logits_ptr + start * n * n + at_nn, live, 0.0).to(tl.float32)
+    tl.store(H_res_ptr + start * n * n + at_nn, sinkhorn_forward(log_M, ITERS), live)
+
+
+@jit
+def sinkhorn_backward_kernel(
+    logits_ptr, d_H_res_ptr, d_logits_ptr, T,
+    n: tl.constexpr, ITERS: tl.constexpr, HISTORY: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0).to(tl.int64) * BT
+    row = tl.arange(0, BT)
+    live = (start + row < T)[:, None, None]
+    _, at_nn, _, _ = map_offsets(row, n)
+    log_M = tl.load(logits_ptr + start * n * n + at_nn, live, 0.0).to(tl.float32)
+    d_H_res = tl.load(d_H_res_ptr + start * n * n + at_nn, live, 0.0)
+    tl.store(d_logits_ptr + start * n * n + at_nn, sinkhorn_backward(log_M, d_H_res, n, ITERS, BT, HISTORY), live)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Pieces of the boundary. A tile is (BT, BC), tokens by channels of one stream, or (n, BT, BC), all streams.
 
 
 @jit
@@ -130,279 +205,283 @@ def dot(a, w, acc, PRECISION: tl.constexpr):
         return tl.dot(a.to(tl.float32), w, acc, input_precision=PRECISION)
 
 
-@jit
-def sinkhorn_forward(log_M, ITERS: tl.constexpr):
-    """(BT, n, n) logits -> H_res, in the log domain (Eq 9)."""
-    for _ in range(ITERS):
-        # log_M = log_M - log_M.logsumexp(-2, keepdim=True)  # T_c: every column sums to 1
-        log_M -= logsumexp(log_M, 1)[:, None, :]
-        # log_M = log_M - log_M.logsumexp(-1, keepdim=True)  # T_r: every row sums to 1
-        log_M -= logsumexp(log_M, 2)[:, :, None]
-    return tl.exp(log_M)
-
-
-@jit
-def sinkhorn_backward(log_M, dM, n: tl.constexpr, ITERS: tl.constexpr, BT: tl.constexpr, HISTORY: tl.constexpr):
-    """Gradient of the logits from that of H_res: every iteration replayed, then undone in turn.
-
-    Iterates differ by potentials alone: log M then = log M at the end + u[:, None] + v[None, :], where u sums the row
-    norms of the iterations undone so far and v follows from u by T_c. So the whole history is one row norm an
-    iteration, (BT, n, HISTORY), in registers; and since u, v start at 0, nothing large cancels where M is not small.
-    Undoing a normalisation: with G the gradient of log M after it, the gradient before is G - M * G.sum(its axis).
-    """
-    step = tl.arange(0, HISTORY)[None, None, :]
-    history = tl.zeros((BT, n, HISTORY), tl.float32)
-    for k in range(ITERS):
-        log_M -= logsumexp(log_M, 1)[:, None, :]
-        norm = logsumexp(log_M, 2)[:, :, None]
-        log_M -= norm
-        history = tl.where(step == k, norm, history)
-    G = dM * tl.exp(log_M)
-    u = tl.zeros((BT, n), tl.float32)
-    for k in range(ITERS):
-        before = u + tl.sum(tl.where(step == ITERS - 1 - k, history, 0.0), 2)
-        after_T_c = log_M + before[:, :, None]
-        after_T_c -= logsumexp(after_T_c, 1)[:, None, :]
-        G -= tl.exp(after_T_c + (u - before)[:, :, None]) * tl.sum(G, 2)[:, :, None]  # undo T_r
-        G -= tl.exp(after_T_c) * tl.sum(G, 1)[:, None, :]  # undo T_c
-        u = before
-    return G
-
-
-@jit
-def map_offsets(row, n: tl.constexpr):
-    """Offsets of a (tokens, n) and of a (tokens, n, n) map, and their columns in phi, b and proj."""
-    i = tl.arange(0, n)
-    ij = i[:, None] * n + i[None, :]
-    return row[:, None] * n + i[None, :], row[:, None, None] * (n * n) + ij[None, :, :], i, ij
-
-
 # ----------------------------------------------------------------------------------------------------------------------
-# Forward.
+# Forward: the streams, the mappings, the read. A pointer that is None stands for what the form has not.
 
 
 @jit
-def mhc_step_kernel(
-    x_ptr, y_ptr, H_post_ptr, H_res_ptr, phi_ptr, alpha_ptr, b_ptr,
-    x_next_ptr, x_in_ptr, H_post_next_ptr, H_res_next_ptr, proj_ptr, r_ptr,
-    T, C, eps,
-    n: tl.constexpr, ITERS: tl.constexpr, HAS_Y: tl.constexpr, HAS_NEXT: tl.constexpr,
-    PRECISION: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+def streams_kernel(
+    x_ptr, y_ptr, H_post_ptr, H_res_ptr, phi_ptr, H_pre_ptr, x_next_ptr, x_in_ptr, sums_ptr,
+    T, C, TILES,
+    n: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """One boundary for BT tokens: all channels twice."""
-    M: tl.constexpr = n * n + 2 * n  # columns of phi
-    MR: tl.constexpr = n * n if n * n > 16 else 16  # width of the two products: at least 16, for the tensor cores
+    """BT tokens, TILES tiles of their channels: x_next; its sums with phi and its square; x_in if H_pre is known."""
     UNROLL: tl.constexpr = n if n < 8 else 1  # unrolled, 8 streams hoist their loads and spill kilobytes
     dtype = x_ptr.dtype.element_ty
-    start = tl.program_id(0).to(tl.int64) * BT  # 64 bits here, so that 32 do for offsets inside the program
+    start = tl.program_id(0).to(tl.int64) * BT
     row = tl.arange(0, BT)
     live = start + row < T
     x_ptr += start * n * C
-    x_next_ptr += start * n * C
-    if HAS_Y:
+    if y_ptr is not None:
+        x_next_ptr += start * n * C
         y_ptr += start * C
         H_post = load_gate(H_post_ptr + start * n, row, live, n)
         H_res = tl.load(H_res_ptr + start * n * n + H_res_offsets(row, n), live[None, :, None], 0.0)
+    if H_pre_ptr is not None:
+        H_pre = load_gate(H_pre_ptr + start * n, row, live, n)
+        x_in_ptr += start * C
+    if phi_ptr is not None:
+        m = tl.arange(0, MP)[None, :]
+        proj = tl.zeros((BT, MP), tl.float32)  # columns pre | post | res, then zeros
+        square = tl.zeros((BT,), tl.float32)
 
-    square = tl.zeros((BT,), tl.float32)
-    gates = tl.zeros((BT, 16), tl.float32)  # columns pre | post of proj, then zeros
-    res = tl.zeros((BT, MR), tl.float32)  # columns res, then zeros
-    g = tl.arange(0, 16)[None, :]
-    m = tl.arange(0, MR)[None, :]
-    for c0 in range(0, C, BC):
+    first = tl.program_id(1) * TILES * BC
+    for c0 in range(first, first + TILES * BC, BC):
         c = c0 + tl.arange(0, BC)
         tile = live[:, None] & (c < C)[None, :]
-        if HAS_Y:
+        if y_ptr is not None:
             x = tl.load(x_ptr + stream_offsets(row, c, C, n), tile[None, :, :], 0.0).to(tl.float32)
             y = tl.load(y_ptr + row[:, None] * C + c[None, :], tile, 0.0).to(tl.float32)
+        if H_pre_ptr is not None:
+            x_in = tl.zeros((BT, BC), tl.float32)
         for i in tl.range(0, n, loop_unroll_factor=UNROLL):
             at = row[:, None] * (n * C) + i * C + c[None, :]
             # x_next = x if y is None else mhc_post_res_ref(x, y, H_post, H_res), rounded before anything reads it
-            if HAS_Y:
+            if y_ptr is not None:
                 x_next = mix(x, y, pick(H_post, i), pick(H_res, i)).to(dtype)
                 tl.store(x_next_ptr + at, x_next, tile)
             else:
                 x_next = tl.load(x_ptr + at, tile, 0.0)
-            if HAS_NEXT:
+            if phi_ptr is not None:
                 # proj = v @ phi.to(v.dtype)  # Eq 14
-                phi_i = phi_ptr + (i * C + c)[:, None] * M
-                phi_gates = tl.load(phi_i + g, (c < C)[:, None] & (g < 2 * n), 0.0)
-                phi_res = tl.load(phi_i + 2 * n + m, (c < C)[:, None] & (m < n * n), 0.0)
-                gates = dot(x_next, phi_gates, gates, PRECISION)
-                res = dot(x_next, phi_res, res, PRECISION)
+                phi = tl.load(phi_ptr + (i * C + c)[:, None] * M + m, (c < C)[:, None] & (m < M), 0.0)  # (BC, MP)
+                proj = dot(x_next, phi, proj, PRECISION)
                 square += tl.sum(x_next.to(tl.float32) * x_next.to(tl.float32), 1)
+            if H_pre_ptr is not None:
+                # x_in = (H_pre.unsqueeze(-1) * x_next).sum(-2).to(x.dtype)
+                x_in += pick(H_pre, i)[:, None] * x_next.to(tl.float32)
+        if H_pre_ptr is not None:
+            tl.store(x_in_ptr + row[:, None] * C + c[None, :], x_in, tile)
 
-    if HAS_NEXT:
-        # r = (v.square().mean(-1, keepdim=True) + eps).sqrt()  # Eq 15
-        r = tl.sqrt(square / (n * C) + eps)
-        tl.store(r_ptr + start + row, r, live)
-        proj_ptr += start * M
-        tl.store(proj_ptr + row[:, None] * M + g, gates, live[:, None] & (g < 2 * n))
-        tl.store(proj_ptr + row[:, None] * M + 2 * n + m, res, live[:, None] & (m < n * n))
-        # pre, post, res = logits.split([n, n, n * n], -1)
-        at_n, at_nn, s, ij = map_offsets(row, n)
-        pre, post = tl.split(tl.permute(tl.sum(tl.reshape(gates, (BT, 16 // (2 * n), 2, n)), 1), (0, 2, 1)))
-        res = tl.sum(tl.reshape(res, (BT, MR // (n * n), n, n)), 1)
-        # logits = scale / r * proj + b.to(v.dtype)  # Eq 16: dividing after the matmul is the RMSNorm
-        pre = tl.load(alpha_ptr) / r[:, None] * pre + tl.load(b_ptr + s)[None, :]
-        post = tl.load(alpha_ptr + 1) / r[:, None] * post + tl.load(b_ptr + n + s)[None, :]
-        res = tl.load(alpha_ptr + 2) / r[:, None, None] * res + tl.load(b_ptr + 2 * n + ij)[None, :, :]
-        # return pre.sigmoid(), 2 * post.sigmoid(), H_res  # Eq 17, 18, 19
-        H_pre = tl.sigmoid(pre)
-        tl.store(H_post_next_ptr + start * n + at_n, 2 * tl.sigmoid(post), live[:, None])
-        tl.store(H_res_next_ptr + start * n * n + at_nn, sinkhorn_forward(res, ITERS), live[:, None, None])
+    if phi_ptr is not None:
+        sums_ptr += (tl.program_id(1).to(tl.int64) * T + start) * (M + 1)
+        tl.store(sums_ptr + row[:, None] * (M + 1) + m, proj, live[:, None] & (m < M))
+        tl.store(sums_ptr + row * (M + 1) + M, square, live)
 
-        for c0 in range(0, C, BC):
-            c = c0 + tl.arange(0, BC)
-            tile = live[:, None] & (c < C)[None, :]
-            x = tl.load(x_ptr + stream_offsets(row, c, C, n), tile[None, :, :], 0.0).to(tl.float32)
-            # x_in = (H_pre.unsqueeze(-1) * x_next).sum(-2).to(x.dtype), x_next again from x and y
-            if HAS_Y:
-                y = tl.load(y_ptr + row[:, None] * C + c[None, :], tile, 0.0).to(tl.float32)
-                x_in = tl.zeros((BT, BC), tl.float32)
-                for i in tl.range(0, n, loop_unroll_factor=UNROLL):
-                    x_next = mix(x, y, pick(H_post, i), pick(H_res, i)).to(dtype)
-                    x_in += pick(H_pre, i)[:, None] * x_next.to(tl.float32)
-            else:
-                x_in = tl.sum(tl.trans(H_pre)[:, :, None] * x, 0)
-            tl.store(x_in_ptr + start * C + row[:, None] * C + c[None, :], x_in, tile)
+
+@jit
+def load_sums(sums_ptr, at, live, T, SHARES, WIDTH: tl.constexpr):
+    """Entries of `sums` (SHARES, T, WIDTH), the shares added."""
+    total = tl.load(sums_ptr + at, live, 0.0)
+    for _ in range(1, SHARES):
+        sums_ptr += T.to(tl.int64) * WIDTH
+        total += tl.load(sums_ptr + at, live, 0.0)
+    return total
+
+
+@jit
+def load_logits(sums_ptr, alpha_ptr, b_ptr, start, row, live, T, SHARES, size, eps, n: tl.constexpr):
+    """Eq 15, 16 -> proj / r and alpha * proj / r + b, each as pre (BT, n), post (BT, n), res (BT, n, n); r (BT,)."""
+    WIDTH: tl.constexpr = n * n + 2 * n + 1
+    sums_ptr += start * WIDTH
+    i, ij = tl.arange(0, n), tl.arange(0, n)[:, None] * n + tl.arange(0, n)[None, :]
+    # r = (v.square().mean(-1, keepdim=True) + eps).sqrt()  # Eq 15
+    square = load_sums(sums_ptr, row * WIDTH + WIDTH - 1, live, T, SHARES, WIDTH)
+    r = tl.sqrt(square / size + eps)
+    # logits = scale / r * proj + b.to(v.dtype)  # Eq 16: dividing after the matmul is the RMSNorm
+    at = row[:, None] * WIDTH + i[None, :]
+    pre = load_sums(sums_ptr, at, live[:, None], T, SHARES, WIDTH) / r[:, None]
+    post = load_sums(sums_ptr, at + n, live[:, None], T, SHARES, WIDTH) / r[:, None]
+    at = row[:, None, None] * WIDTH + 2 * n + ij[None, :, :]
+    res = load_sums(sums_ptr, at, live[:, None, None], T, SHARES, WIDTH) / r[:, None, None]
+    pre_logits = tl.load(alpha_ptr) * pre + tl.load(b_ptr + i)[None, :]
+    post_logits = tl.load(alpha_ptr + 1) * post + tl.load(b_ptr + n + i)[None, :]
+    res_logits = tl.load(alpha_ptr + 2) * res + tl.load(b_ptr + 2 * n + ij)[None, :, :]
+    return pre, post, res, pre_logits, post_logits, res_logits, r
+
+
+@jit
+def maps_kernel(
+    sums_ptr, alpha_ptr, b_ptr, H_pre_ptr, H_post_ptr, H_res_ptr, T, SHARES, size, eps,
+    n: tl.constexpr, ITERS: tl.constexpr, BT: tl.constexpr,
+):  # fmt: skip
+    """The three mappings of BT tokens; size is nC."""
+    start = tl.program_id(0).to(tl.int64) * BT
+    row = tl.arange(0, BT)
+    live = start + row < T
+    logits = load_logits(sums_ptr, alpha_ptr, b_ptr, start, row, live, T, SHARES, size, eps, n)
+    at_n, at_nn, _, _ = map_offsets(row, n)
+    # return pre.sigmoid(), 2 * post.sigmoid(), H_res  # Eq 17, 18, 19
+    tl.store(H_pre_ptr + start * n + at_n, tl.sigmoid(logits[3]), live[:, None])
+    tl.store(H_post_ptr + start * n + at_n, 2 * tl.sigmoid(logits[4]), live[:, None])
+    tl.store(H_res_ptr + start * n * n + at_nn, sinkhorn_forward(logits[5], ITERS), live[:, None, None])
+
+
+@jit
+def read_kernel(x_ptr, H_pre_ptr, x_in_ptr, T, C, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
+    """x_in = sum_i H_pre[i] x[i], a tile a program."""
+    start = tl.program_id(0).to(tl.int64) * BT
+    row = tl.arange(0, BT)
+    live = start + row < T
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    tile = live[:, None] & (c < C)[None, :]
+    H_pre = tl.load(H_pre_ptr + start * n + tl.arange(0, n)[:, None] + row[None, :] * n, live[None, :], 0.0)
+    x = tl.load(x_ptr + start * n * C + stream_offsets(row, c, C, n), tile[None, :, :], 0.0).to(tl.float32)
+    # x_in = (H_pre.unsqueeze(-1) * x).sum(-2).to(x.dtype)
+    tl.store(x_in_ptr + start * C + row[:, None] * C + c[None, :], tl.sum(H_pre[:, :, None] * x, 0), tile)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Backward, in three kernels: the mappings, the streams, phi.
+# Backward: the read and the mappings, as far as H_pre goes; the streams; phi.
+
+
+@jit
+def read_backward_kernel(
+    x_ptr, d_x_in_ptr, d_H_pre_ptr, T, C, TILES,
+    n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """d_H_pre[i] = sum_c d_x_in[c] x[i, c]: BT tokens, TILES tiles of their channels."""
+    start = tl.program_id(0).to(tl.int64) * BT
+    row = tl.arange(0, BT)
+    live = start + row < T
+    i = tl.arange(0, n)
+    x_ptr += start * n * C
+    d_x_in_ptr += start * C
+    d_H_pre = tl.zeros((BT, n), tl.float32)
+    first = tl.program_id(1) * TILES * BC
+    for c0 in range(first, first + TILES * BC, BC):
+        c = c0 + tl.arange(0, BC)
+        tile = live[:, None] & (c < C)[None, :]
+        d_x_in = tl.load(d_x_in_ptr + row[:, None] * C + c[None, :], tile, 0.0).to(tl.float32)
+        streams = row[:, None, None] * (n * C) + i[None, :, None] * C + c[None, None, :]
+        x = tl.load(x_ptr + streams, tile[:, None, :], 0.0).to(tl.float32)  # (BT, n, BC)
+        d_H_pre += tl.sum(x * d_x_in[:, None, :], 2)
+    d_H_pre_ptr += (tl.program_id(1).to(tl.int64) * T + start) * n
+    tl.store(d_H_pre_ptr + row[:, None] * n + i[None, :], d_H_pre, live[:, None])
 
 
 @jit
 def maps_backward_kernel(
-    x_next_ptr, d_x_in_ptr, d_H_post_ptr, d_H_res_ptr, proj_ptr, r_ptr, alpha_ptr, b_ptr,
-    H_pre_ptr, d_proj_ptr, d_square_ptr, d_alpha_b_ptr,
-    T, C,
-    n: tl.constexpr, ITERS: tl.constexpr, HISTORY: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    d_H_pre_ptr, d_H_post_ptr, d_H_res_ptr, sums_ptr, alpha_ptr, b_ptr, d_sums_ptr, d_b_ptr, T, SHARES, size, eps,
+    n: tl.constexpr, ITERS: tl.constexpr, HISTORY: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    """Back through the mappings for BT tokens: to proj and r, and to this program's share of alpha and b."""
+    """Back through the mappings of BT tokens: to `sums`, and to this program's share of b and alpha."""
     M: tl.constexpr = n * n + 2 * n
     start = tl.program_id(0).to(tl.int64) * BT
     row = tl.arange(0, BT)
     live = start + row < T
     at_n, at_nn, i, ij = map_offsets(row, n)
     live_n, live_nn = live[:, None], live[:, None, None]
+    pre, post, res, pre_logits, post_logits, res_logits, r = load_logits(
+        sums_ptr, alpha_ptr, b_ptr, start, row, live, T, SHARES, size, eps, n
+    )
+    r = tl.where(live, r, 1.0)
 
-    # d_H_pre[i] = sum_c d_x_in[c] x_next[i, c]
-    x_next_ptr += start * n * C
-    d_x_in_ptr += start * C
-    d_H_pre = tl.zeros((BT, n), tl.float32)
-    for c0 in range(0, C, BC):
-        c = c0 + tl.arange(0, BC)
-        tile = live[:, None] & (c < C)[None, :]
-        d_x_in = tl.load(d_x_in_ptr + row[:, None] * C + c[None, :], tile, 0.0).to(tl.float32)
-        streams = row[:, None, None] * (n * C) + i[None, :, None] * C + c[None, None, :]
-        x_next = tl.load(x_next_ptr + streams, tile[:, None, :], 0.0).to(tl.float32)  # (BT, n, BC)
-        d_H_pre += tl.sum(x_next * d_x_in[:, None, :], 2)
-
-    # the logits again: scale / r * proj + b
-    r = tl.load(r_ptr + start + row, live, 1.0)
-    proj_ptr += start * M
-    at_pre, at_post, at_res = row[:, None] * M + i[None, :], row[:, None] * M + n + i[None, :], 2 * n + ij[None, :, :]
-    at_res += row[:, None, None] * M
-    pre = tl.load(proj_ptr + at_pre, live_n, 0.0) / r[:, None]
-    post = tl.load(proj_ptr + at_post, live_n, 0.0) / r[:, None]
-    res = tl.load(proj_ptr + at_res, live_nn, 0.0) / r[:, None, None]
-    alpha_pre, alpha_post, alpha_res = tl.load(alpha_ptr), tl.load(alpha_ptr + 1), tl.load(alpha_ptr + 2)
-    H_pre = tl.sigmoid(alpha_pre * pre + tl.load(b_ptr + i)[None, :])
-    half_H_post = tl.sigmoid(alpha_post * post + tl.load(b_ptr + n + i)[None, :])
-    res_logits = alpha_res * res + tl.load(b_ptr + 2 * n + ij)[None, :, :]
-    tl.store(H_pre_ptr + start * n + at_n, H_pre, live_n)
-
-    # back through sigmoid, 2 sigmoid and Sinkhorn (Eq 17-19); dead rows come in as zero and stay zero
-    d_H_post = tl.load(d_H_post_ptr + start * n + at_n, live_n, 0.0)
+    # back through sigmoid, 2 sigmoid and Sinkhorn (Eq 17-19); dead rows come in as zero and stay zero. H (1 - H) would
+    # be 0 for a gate near 1: 1 - H = sigmoid(-logit)
+    d_pre = tl.load(d_H_pre_ptr + start * n + at_n, live_n, 0.0) * tl.sigmoid(pre_logits) * tl.sigmoid(-pre_logits)
+    d_post = tl.load(d_H_post_ptr + start * n + at_n, live_n, 0.0)
+    d_post *= 2 * tl.sigmoid(post_logits) * tl.sigmoid(-post_logits)
     d_H_res = tl.load(d_H_res_ptr + start * n * n + at_nn, live_nn, 0.0)
-    d_pre = d_H_pre * H_pre * (1 - H_pre)
-    d_post = 2 * d_H_post * half_H_post * (1 - half_H_post)
     d_res = sinkhorn_backward(res_logits, d_H_res, n, ITERS, BT, HISTORY)
 
-    # back through Eq 16: to proj; to b and alpha, summed over this program's tokens; to r
-    d_proj_ptr += start * M
-    tl.store(d_proj_ptr + at_pre, alpha_pre / r[:, None] * d_pre, live_n)
-    tl.store(d_proj_ptr + at_post, alpha_post / r[:, None] * d_post, live_n)
-    tl.store(d_proj_ptr + at_res, alpha_res / r[:, None, None] * d_res, live_nn)
-    d_b_ptr = d_alpha_b_ptr + tl.program_id(0) * 2 * M
+    # back through Eq 16: to b and alpha, summed over this program's tokens; to proj
+    d_b_ptr += tl.program_id(0) * 2 * M
     tl.store(d_b_ptr + i, tl.sum(d_pre, 0))
     tl.store(d_b_ptr + n + i, tl.sum(d_post, 0))
     tl.store(d_b_ptr + 2 * n + ij, tl.sum(d_res, 0))
     tl.store(d_b_ptr + M + i, tl.sum(d_pre * pre, 0))
     tl.store(d_b_ptr + M + n + i, tl.sum(d_post * post, 0))
     tl.store(d_b_ptr + M + 2 * n + ij, tl.sum(d_res * res, 0))
-    # Eq 15: r falls with every logit's dynamic part, and d r = x_next . d x_next / (nC r)
+    alpha_pre, alpha_post, alpha_res = tl.load(alpha_ptr), tl.load(alpha_ptr + 1), tl.load(alpha_ptr + 2)
+    d_sums_ptr += start * (M + 1)
+    at = row[:, None] * (M + 1) + i[None, :]
+    tl.store(d_sums_ptr + at, alpha_pre / r[:, None] * d_pre, live_n)
+    tl.store(d_sums_ptr + at + n, alpha_post / r[:, None] * d_post, live_n)
+    at = row[:, None, None] * (M + 1) + 2 * n + ij[None, :, :]
+    tl.store(d_sums_ptr + at, alpha_res / r[:, None, None] * d_res, live_nn)
+    # Eq 15: r divides every logit's dynamic part, and d r = d square / (2 nC r)
     dynamic = alpha_pre * tl.sum(d_pre * pre, 1) + alpha_post * tl.sum(d_post * post, 1)
     dynamic += alpha_res * tl.sum(tl.sum(d_res * res, 2), 1)
-    tl.store(d_square_ptr + start + row, -dynamic / (r * r * (n * C)), live)
+    tl.store(d_sums_ptr + row * (M + 1) + M, -dynamic / (2 * r * r * size), live)
 
 
 @jit
 def streams_backward_kernel(
-    x_ptr, y_ptr, H_post_ptr, H_res_ptr, phi_ptr, d_x_next_ptr, d_x_in_ptr, H_pre_ptr, d_proj_ptr, d_square_ptr,
-    d_x_ptr, d_y_ptr, d_H_post_ptr, d_H_res_ptr,
+    d_x_next_ptr, d_x_in_ptr, d_sums_ptr, x_ptr, y_ptr, H_post_ptr, H_res_ptr, phi_ptr, H_pre_ptr,
+    d_x_ptr, d_y_ptr, d_maps_ptr,
     T, C, TILES,
-    n: tl.constexpr, MP: tl.constexpr, HAS_Y: tl.constexpr, HAS_NEXT: tl.constexpr,
-    PRECISION: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
+    n: tl.constexpr, M: tl.constexpr, MP: tl.constexpr, SINGLE_PASS: tl.constexpr,
+    PRECISION: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Back through Eq 3 and the two reads of x_next, for BT tokens and TILES channel tiles."""
-    M: tl.constexpr = n * n + 2 * n
+    """Back through streams_kernel, and read_kernel too, for BT tokens and TILES tiles of their channels."""
+    UNROLL: tl.constexpr = n if n < 8 else 1  # as in streams_kernel
+    dtype = x_ptr.dtype.element_ty
     start = tl.program_id(0).to(tl.int64) * BT
     row = tl.arange(0, BT)
     live = start + row < T
-    dtype = x_ptr.dtype.element_ty
-    UNROLL: tl.constexpr = n if n < 8 else 1  # as in mhc_step_kernel
     s = tl.arange(0, n)
     x_ptr += start * n * C
     d_x_ptr += start * n * C
-    if HAS_Y:
+    if y_ptr is not None:
         y_ptr += start * C
         d_y_ptr += start * C
-        d_x_next_ptr += start * n * C
         H_post = load_gate(H_post_ptr + start * n, row, live, n)
         H_res = tl.load(H_res_ptr + start * n * n + H_res_offsets(row, n), live[None, :, None], 0.0)
         d_H_post = tl.zeros((BT, n), tl.float32)
         d_H_res = tl.zeros((n, BT, n), tl.float32)  # as H_res: j, token, i
-    if HAS_NEXT:
+    if d_x_next_ptr is not None:
+        d_x_next_ptr += start * n * C
+    if d_x_in_ptr is not None:
         d_x_in_ptr += start * C
         H_pre = load_gate(H_pre_ptr + start * n, row, live, n)
-        d_square = tl.load(d_square_ptr + start + row, live, 0.0)
+    if SINGLE_PASS:
+        d_H_pre = tl.zeros((BT, n), tl.float32)
+    if d_sums_ptr is not None:
+        d_sums_ptr += start * (M + 1)
         m = tl.arange(0, MP)
-        at_m = start * M + row[None, :] * M + m[:, None]
-        d_proj_T = tl.load(d_proj_ptr + at_m, live[None, :] & (m < M)[:, None], 0.0)  # (MP, BT)
+        at_m = row[None, :] * (M + 1) + m[:, None]
+        d_proj_T = tl.load(d_sums_ptr + at_m, live[None, :] & (m < M)[:, None], 0.0)  # (MP, BT)
+        two_d_square = 2 * tl.load(d_sums_ptr + row * (M + 1) + M, live, 0.0)  # times x_next
 
     first = tl.program_id(1) * TILES * BC
-    for c0 in range(first, first + TILES * BC, BC):
+    for c0 in tl.range(first, first + TILES * BC, BC, num_stages=STAGES):
         c = c0 + tl.arange(0, BC)
         tile = live[:, None] & (c < C)[None, :]
-        if HAS_Y:
+        if y_ptr is not None:
             x = tl.load(x_ptr + stream_offsets(row, c, C, n), tile[None, :, :], 0.0).to(tl.float32)
             y = tl.load(y_ptr + row[:, None] * C + c[None, :], tile, 0.0).to(tl.float32)
             d_x = tl.zeros((n, BT, BC), tl.float32)
             d_y = tl.zeros((BT, BC), tl.float32)
-        if HAS_NEXT:
+        if d_x_in_ptr is not None:
             d_x_in = tl.load(d_x_in_ptr + row[:, None] * C + c[None, :], tile, 0.0).to(tl.float32)
         for i in tl.range(0, n, loop_unroll_factor=UNROLL):
             at = row[:, None] * (n * C) + i * C + c[None, :]
-            # d: gradient of x_next[i]. Its three readers here were proj = v @ phi (Eq 14), r = sqrt(mean(v^2) + eps)
-            # (Eq 15) and x_in = sum_i H_pre[i] x_next[i]. d_x_next is loaded after the product: before it, the compiler
-            # gives the load the product's layout, and spills hundreds of bytes.
+            # d: gradient of x_next[i]. Its readers here were proj = v @ phi (Eq 14), the square (Eq 15), and
+            # x_in = sum_i H_pre[i] x_next[i]. d_x_next is loaded after the product: before it, the compiler gives the
+            # load the product's layout, and spills hundreds of bytes.
             d = tl.zeros((BT, BC), tl.float32)
-            if HAS_NEXT:
+            if d_sums_ptr is not None:
                 at_phi = (i * C + c)[:, None] * M + m[None, :]
                 phi = tl.load(phi_ptr + at_phi, (c < C)[:, None] & (m < M)[None, :], 0.0)  # (BC, MP)
-                if HAS_Y:
-                    x_next = mix(x, y, pick(H_post, i), pick(H_res, i)).to(dtype)
+            if d_sums_ptr is not None or SINGLE_PASS:
+                if y_ptr is not None:
+                    x_next = mix(x, y, pick(H_post, i), pick(H_res, i)).to(dtype).to(tl.float32)
                 else:
-                    x_next = tl.load(x_ptr + at, tile, 0.0)
-                d = tl.trans(tl.dot(phi, d_proj_T, input_precision=PRECISION))
-                d += pick(H_pre, i)[:, None] * d_x_in + d_square[:, None] * x_next.to(tl.float32)
-                d = d.to(dtype).to(tl.float32)
-            if HAS_Y:
-                # The fourth reader is the next boundary. Rounded before this sum and after it, as where recomputation
-                # cuts the depth here and autograd adds the two: cut or not, the bits are the same.
-                d += tl.load(d_x_next_ptr + at, tile, 0.0).to(tl.float32)
+                    x_next = tl.load(x_ptr + at, tile, 0.0).to(tl.float32)
+            if d_sums_ptr is not None:
+                if n == 8 or T > 0:
+                    d = tl.trans(tl.dot(phi, d_proj_T, input_precision=PRECISION))
+                d += two_d_square[:, None] * x_next
+            if d_x_in_ptr is not None:
+                d += pick(H_pre, i)[:, None] * d_x_in
+            if SINGLE_PASS:
+                d_H_pre += tl.where(s == i, tl.sum(d_x_in * x_next, 1)[:, None], 0.0)
+            if d_x_next_ptr is not None:
+                # The last reader is the next boundary. Rounded before this sum and after it, as where recomputation
+                # cuts the depth here: cut or not, the bits are the same.
+                d = d.to(dtype).to(tl.float32) + tl.load(d_x_next_ptr + at, tile, 0.0).to(tl.float32)
+            if y_ptr is not None:
                 d = d.to(dtype).to(tl.float32)
                 # x_next[i] = sum_j H_res[i, j] x[j] + H_post[i] y
                 d_y += pick(H_post, i)[:, None] * d
@@ -411,19 +490,25 @@ def streams_backward_kernel(
                 d_H_res += tl.where(s == i, tl.sum(d[None, :, :] * x, 2)[:, :, None], 0.0)
             else:
                 tl.store(d_x_ptr + at, d, tile)
-        if HAS_Y:
+        if y_ptr is not None:
             tl.store(d_x_ptr + stream_offsets(row, c, C, n), d_x, tile[None, :, :])
             tl.store(d_y_ptr + row[:, None] * C + c[None, :], d_y, tile)
-    if HAS_Y:
-        share = tl.program_id(1).to(tl.int64) * T + start
-        tl.store(d_H_post_ptr + share * n + row[:, None] * n + s[None, :], d_H_post, live[:, None])
-        tl.store(d_H_res_ptr + share * n * n + H_res_offsets(row, n), d_H_res, live[None, :, None])
+    # d_H_post, d_H_res and d_H_pre of all tokens, one after the other: this program's share
+    if y_ptr is not None:
+        d_maps_ptr += tl.program_id(1).to(tl.int64) * T * (n * n + (2 * n if SINGLE_PASS else n))
+        tl.store(d_maps_ptr + start * n + row[:, None] * n + s[None, :], d_H_post, live[:, None])
+        d_maps_ptr += T.to(tl.int64) * n
+        tl.store(d_maps_ptr + start * n * n + H_res_offsets(row, n), d_H_res, live[None, :, None])
+        d_maps_ptr += T.to(tl.int64) * n * n
+    else:
+        d_maps_ptr += tl.program_id(1).to(tl.int64) * T * n
+    if SINGLE_PASS:
+        tl.store(d_maps_ptr + start * n + row[:, None] * n + s[None, :], d_H_pre, live[:, None])
 
 
 @jit
 def phi_backward_kernel(
-    x_next_ptr, d_proj_ptr, d_phi_ptr,
-    T, K, STEPS,
+    x_next_ptr, d_sums_ptr, d_phi_ptr, T, K, STEPS,
     M: tl.constexpr, MP: tl.constexpr, PRECISION: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """d_phi = vec(x_next)^T d_proj for BK of its K = nC rows, over STEPS * BT tokens: one share of the sum."""
@@ -435,35 +520,11 @@ def phi_backward_kernel(
         start = (tl.program_id(1) * STEPS + step).to(tl.int64) * BT
         live = start + row < T
         x_next = tl.load(x_next_ptr + start * K + row[:, None] * K + k[None, :], live[:, None] & (k < K)[None, :], 0.0)
-        at_m = start * M + row[:, None] * M + m[None, :]
-        d_proj = tl.load(d_proj_ptr + at_m, live[:, None] & (m < M)[None, :], 0.0)
+        at_m = start * (M + 1) + row[:, None] * (M + 1) + m[None, :]
+        d_proj = tl.load(d_sums_ptr + at_m, live[:, None] & (m < M)[None, :], 0.0)
         d_phi = dot(tl.trans(x_next), d_proj, d_phi, PRECISION)
     share = d_phi_ptr + tl.program_id(1).to(tl.int64) * K * M
     tl.store(share + k[:, None] * M + m[None, :], d_phi, (k < K)[:, None] & (m < M)[None, :])
-
-
-@jit
-def sinkhorn_kernel(logits_ptr, H_res_ptr, T, n: tl.constexpr, ITERS: tl.constexpr, BT: tl.constexpr):
-    start = tl.program_id(0).to(tl.int64) * BT
-    row = tl.arange(0, BT)
-    live = (start + row < T)[:, None, None]
-    _, at_nn, _, _ = map_offsets(row, n)
-    log_M = tl.load(logits_ptr + start * n * n + at_nn, live, 0.0).to(tl.float32)
-    tl.store(H_res_ptr + start * n * n + at_nn, sinkhorn_forward(log_M, ITERS), live)
-
-
-@jit
-def sinkhorn_backward_kernel(
-    logits_ptr, d_H_res_ptr, d_logits_ptr, T,
-    n: tl.constexpr, ITERS: tl.constexpr, HISTORY: tl.constexpr, BT: tl.constexpr,
-):  # fmt: skip
-    start = tl.program_id(0).to(tl.int64) * BT
-    row = tl.arange(0, BT)
-    live = (start + row < T)[:, None, None]
-    _, at_nn, _, _ = map_offsets(row, n)
-    L = tl.load(logits_ptr + start * n * n + at_nn, live, 0.0).to(tl.float32)
-    d_H_res = tl.load(d_H_res_ptr + start * n * n + at_nn, live, 0.0)
-    tl.store(d_logits_ptr + start * n * n + at_nn, sinkhorn_backward(L, d_H_res, n, ITERS, BT, HISTORY), live)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -476,38 +537,46 @@ def sinkhorn_backward_kernel(
 # stages. `maps` has no product, so nothing to pipeline for. Widths smaller than a tile shrink it (blocks).
 BLOCKS = {
     "nvidia": {
-        "step": (64, 32, 8, 3),
-        "maps": (16, 64, 4, 1),
-        "streams": (32, 64, 8, 3),
-        "phi": (32, 256, 8, 3),
-        "sinkhorn": (64, 1, 4, 1),
-        "sinkhorn_backward": (16, 1, 4, 1),
+        "streams": (64, 32, 8, 3),
+        "maps": (64, 1, 4, 1),
+        "read": (16, 128, 4, 1),
+        "read_backward": (16, 64, 4, 1),
+        "maps_backward": (16, 1, 2, 1),
+        "streams_backward": (32, 32, 8, 3),
+        "phi_backward": (32, 256, 8, 3),
     },
     "amd": {
-        "step": (64, 32, 4, 2),
-        "maps": (16, 128, 4, 1),
-        "streams": (32, 64, 4, 2),
-        "phi": (32, 256, 8, 2),
-        "sinkhorn": (64, 1, 4, 1),
-        "sinkhorn_backward": (16, 1, 4, 1),
+        "streams": (64, 32, 4, 2),
+        "maps": (64, 1, 4, 1),
+        "read": (16, 128, 4, 1),
+        "read_backward": (16, 128, 4, 1),
+        "maps_backward": (16, 1, 4, 1),
+        "streams_backward": (32, 64, 4, 1),
+        "phi_backward": (32, 256, 8, 2),
     },
 }
 # Rows instead, by maker, dtype of x and whether it has 8 streams. Products in tf32x3 hold two parts of each operand,
-# and 80 columns of phi are padded to 128: smaller tiles. With 8 streams `streams` moves 64 bits at a time (one entry of
-# fp16 or fp32 on NVIDIA, where `step` moves 64 bits of fp16); everything else moves 128.
+# and 80 columns of phi are padded to 128: smaller tiles. With 8 streams `streams_backward` moves 64 bits at a time (one
+# entry of fp16 or fp32 on NVIDIA, where `streams` moves 64 bits of fp16); everything else moves 128.
 BLOCKS_INSTEAD = {
-    ("nvidia", torch.float16, False): {"step": (64, 16, 4, 1), "streams": (16, 64, 4, 3)},
-    ("nvidia", torch.float32, False): {"step": (64, 16, 8, 2), "streams": (16, 64, 8, 3)},
-    ("amd", torch.float32, False): {"streams": (16, 64, 4, 2)},
-    ("nvidia", torch.bfloat16, True): {"step": (64, 16, 4, 2), "streams": (32, 32, 8, 1), "phi": (32, 64, 8, 2)},
-    ("nvidia", torch.float16, True): {"step": (32, 32, 8, 1), "streams": (16, 16, 8, 1), "phi": (32, 64, 8, 2)},
-    ("nvidia", torch.float32, True): {"step": (64, 16, 8, 2), "streams": (16, 16, 8, 1), "phi": (32, 64, 8, 2)},
-    ("amd", torch.bfloat16, True): {"streams": (16, 64, 4, 2), "phi": (32, 128, 8, 2)},
-    ("amd", torch.float16, True): {"streams": (16, 64, 4, 2), "phi": (32, 128, 8, 2)},
-    ("amd", torch.float32, True): {"streams": (16, 64, 4, 2), "phi": (32, 128, 8, 2)},
-}
-CHANNEL_SHARES = 4  # programs that split the channels in `streams`; each writes its share of d_H_post and d_H_res
-TOKEN_SHARES = 8  # at most so many programs split the tokens in `phi`, 256 or more each; each writes its share of d_phi
+    ("nvidia", torch.float16, False): {"streams": (64, 16, 4, 1), "streams_backward": (16, 64, 8, 1)},
+    ("nvidia", torch.float32, False): {"streams": (64, 16, 8, 2), "streams_backward": (16, 64, 8, 1)},
+    ("amd", torch.float32, False): {"streams_backward": (16, 64, 4, 1)},
+    ("nvidia", torch.bfloat16, True): {
+        "streams": (64, 16, 4, 2), "streams_backward": (32, 32, 8, 1), "phi_backward": (32, 64, 8, 2),
+    },
+    ("nvidia", torch.float16, True): {
+        "streams": (32, 32, 8, 1), "streams_backward": (16, 16, 8, 1), "phi_backward": (32, 64, 8, 2),
+    },
+    ("nvidia", torch.float32, True): {
+        "streams": (64, 16, 8, 2), "streams_backward": (16, 16, 8, 1), "phi_backward": (32, 64, 8, 2),
+    },
+    ("amd", torch.bfloat16, True): {"streams_backward": (16, 64, 4, 2), "phi_backward": (32, 128, 8, 2)},
+    ("amd", torch.float16, True): {"streams_backward": (16, 64, 4, 2), "phi_backward": (32, 128, 8, 2)},
+    ("amd", torch.float32, True): {"streams_backward": (16, 64, 4, 2), "phi_backward": (32, 128, 8, 2)},
+}  # fmt: skip
+PROGRAMS = 264  # where tokens alone give fewer, programs share the channels too: twice an H100's processors
+TOKEN_SHARES = 8  # at most so many programs split the tokens in `phi_backward`, 256 or more each
 DOTS = "auto"  # or 'ieee': products in plain fp32, without tensor cores on NVIDIA
 MAKER = "amd" if torch.version.hip else "nvidia"
 
@@ -519,6 +588,13 @@ def blocks(kernel, n, C, dtype=torch.bfloat16):
     return BT, max(16, min(BC, triton.next_power_of_2(C))), {"num_warps": warps, "num_stages": stages}
 
 
+def channel_tiles(T, BT, C, BC):
+    """How many of the ceil(C / BC) channel tiles a program walks over -> tiles, and programs that share them."""
+    rows, tiles = max(1, -(-T // BT)), -(-C // BC)
+    each = -(-tiles // min(tiles, -(-PROGRAMS // rows)))
+    return each, -(-tiles // each)
+
+
 def precision(x, to_bf16=False):
     """How a product with fp32 phi or d_proj is multiplied; to_bf16: the result ends in a bf16 gradient."""
     if DOTS not in ("auto", "ieee"):
@@ -528,7 +604,3 @@ def precision(x, to_bf16=False):
     if x.dtype != torch.bfloat16:
         return "tf32x3"
     return "tf32" if to_bf16 else "3xbf16"
-
-
-def _tokens(x):
-    return x.numel() // (x.shape[-2] * x.shape[-1])

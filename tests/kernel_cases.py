@@ -8,7 +8,7 @@ import torch
 import sinkhorn_kernel
 from tools.kernel_report import hardware_arithmetic
 
-NAMES = ("x", "y", "H_post", "H_res", "phi", "alpha", "b")
+NAMES = ("x", "y", "H_post", "H_res", "phi", "alpha", "b", "H_pre")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 needs_triton = pytest.mark.skipif(sinkhorn_kernel.triton is None, reason="Triton is not installed")
 
@@ -18,7 +18,10 @@ def interpreter(device):
 
 
 def make_inputs(T, n, C, dtype, std=1.0, device="cpu", form="middle", seed=0):
-    """mhc_step's tensors, as fp32 values exact in `dtype`; logits of standard deviation std; None where absent."""
+    """mhc_step's tensors, as fp32 values exact in `dtype`; logits of standard deviation std; None where absent.
+
+    form: 'first', 'middle' or 'last'; 'single first' and 'single middle' have H_pre as an eighth tensor.
+    """
     gen = torch.Generator().manual_seed(seed)
     M = n * n + 2 * n
     randn = lambda *shape: torch.randn(*shape, generator=gen)  # noqa: E731
@@ -27,11 +30,18 @@ def make_inputs(T, n, C, dtype, std=1.0, device="cpu", form="middle", seed=0):
     phi = randn(n * C, M) / (n * C) ** 0.5
     alpha, b = std * torch.tensor([0.7, -0.8, 0.9]), std * 0.5 * randn(M)
     tensors = [x, y, H_post, H_res, phi, alpha, b]
-    if form == "first":
+    if form.endswith("first"):
         tensors[1:4] = [None] * 3
+    if form.startswith("single"):
+        tensors.append(randn(T, n))
     if form == "last":
         tensors[4:] = [None] * 3
     return [None if t is None else t.to(device) for t in tensors]
+
+
+def call(step, tensors, **kwargs):
+    """mhc_step or its twin, of the tensors of any form but 'last'."""
+    return step(*tensors[:7], H_pre=tensors[7] if len(tensors) > 7 else None, **kwargs)
 
 
 def outputs_and_grads(f, tensors, dtype=None, use=None, seed=1):

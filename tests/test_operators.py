@@ -5,7 +5,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import mhc
-from tests.kernel_cases import interpreter, make_inputs, needs_triton, outputs_and_grads
+from tests.kernel_cases import call, interpreter, make_inputs, needs_triton, outputs_and_grads
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -17,28 +17,39 @@ def interpreted():
 
 
 def step(*tensors):
-    return mhc.mhc_step(*tensors, impl="triton")
+    return call(mhc.mhc_step, tensors, impl="triton")
 
 
 @needs_triton
-@pytest.mark.parametrize("form", ["first", "middle", "last"])
+@pytest.mark.parametrize("form", ["first", "middle", "last", "single first", "single middle"])
 def test_opcheck_step(form, interpreted):
-    tensors = make_inputs(3, 2, 20, FP32, form=form)
-    outs = mhc.step_op(*tensors, 3, 1e-20)
-    leaves = [t if t is None else t.requires_grad_() for t in tensors]
-    torch.library.opcheck(mhc.step_op, (*leaves, 3, 1e-20))
-    x_next = tensors[0] if form == "first" else outs[0]
-    grads = [torch.zeros_like(t) for t in outs[:4]]
-    args = (*grads, *tensors[:4], x_next, *tensors[4:], *outs[4:], 3)
-    args = [t.detach() if isinstance(t, torch.Tensor) else t for t in args]
-    torch.library.opcheck(mhc.step_backward_op, args)
+    x, y, H_post, H_res, phi, alpha, b, *rest = make_inputs(3, 2, 20, FP32, form=form)
+    single_pass = H_pre = rest[0] if rest else None
+    x_next, x_in, sums = check(mhc.streams, x, y, H_post, H_res, phi, H_pre)
+    x_next, d_sums = x if y is None else x_next, None
+    if phi is not None:
+        settings = (2, 40, 3, 1e-20)  # n, nC, iterations, eps
+        H_pre, H_post_next, H_res_next = check(mhc.maps, sums, alpha, b, *settings)
+        if single_pass is None:
+            x_in = check(mhc.read, x_next, H_pre)
+            check(mhc.read_backward, x_next, torch.randn_like(x_in))
+        d_sums, *_ = check(mhc.maps_backward, H_pre, H_post_next, H_res_next, sums, alpha, b, *settings)
+    d_x_in = None if phi is None else torch.randn_like(x_in)
+    tensors = (x, y, H_post, H_res, x_next, phi, H_pre)
+    check(mhc.streams_backward, torch.randn_like(x), d_x_in, d_sums, *tensors, single_pass is not None)
+
+
+def check(function, *args):
+    """The operator under a function of mhc.py: its schema and its fake version are true. -> its outputs"""
+    torch.library.opcheck(function.op, args, test_utils=("test_schema", "test_faketensor"))
+    return function(*args)
 
 
 @needs_triton
 def test_opcheck_sinkhorn(interpreted):
-    logits = torch.randn(2, 3, 4, 4, requires_grad=True)
-    torch.library.opcheck(mhc.sinkhorn_op, (logits, 3))
-    torch.library.opcheck(mhc.sinkhorn_backward_op, (logits.detach(), torch.randn(2, 3, 4, 4), 3))
+    logits = torch.randn(2, 3, 4, 4)
+    check(mhc.sinkhorn_forward, logits, 3)
+    check(mhc.sinkhorn_backward, logits, torch.randn(2, 3, 4, 4), 3)
 
 
 @needs_triton

@@ -88,12 +88,10 @@ def hardware_arithmetic():
 
 STREAMS = {"x", "y", "x_next", "x_in", "d_x", "d_y", "d_x_next", "d_x_in"}
 STREAMS |= {"f", "out", "grad_x", "grad_f", "grad_out"}  # Liger's names
-SHARED = {"phi", "d_phi", "d_alpha_b", "grad_phi"}  # not per token, or shares of sums
+SHARED = {"phi", "d_phi", "d_b", "d_maps", "grad_phi"}  # not per token, or shares of sums
 
 
 def group(kernel, name):
-    if kernel == "streams_backward_kernel" and name in ("d_H_post", "d_H_res"):
-        return "phi"  # shares of the sums over channels
     if "sinkhorn" in kernel:
         return "maps"
     return "streams" if name in STREAMS else "phi" if name in SHARED else "maps"
@@ -213,24 +211,36 @@ def example(C, n, T, dtype=torch.bfloat16, device="cpu", form="middle"):
     return randn(T, n, C).to(dtype), *before, *after
 
 
-def run_boundary(tensors, forward=None, backward=None):
-    """One boundary forward, then backward, through the operators' own code; each within its context, if any."""
+def one_hot(x):
+    """H_pre (..., n) before the first sublayer of single-pass mHC: stream 0."""
+    H_pre = torch.zeros(x.shape[:-1], device=x.device)
+    H_pre[..., 0] = 1
+    return H_pre
+
+
+def run_boundary(tensors, single_pass=False, forward=None, backward=None):
+    """One boundary forward, then backward, as a model runs it; each within its context, if any."""
     import mhc
 
+    leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    H_pre = one_hot(tensors[0]).requires_grad_() if single_pass else None
     with forward or contextlib.nullcontext():
-        outs = mhc.step_op._init_fn(*tensors, 20, 1e-20)
+        if tensors[4] is None:
+            outs = [mhc.mhc_post_res_by_kernels(*leaves[:4])]
+        else:
+            outs = mhc.step_by_kernels(*leaves, 20, 1e-20, H_pre, None)
+    grads, leaves = [torch.ones_like(out) for out in outs], [t for t in (*leaves, H_pre) if t is not None]
     with backward or contextlib.nullcontext():
-        x_next = tensors[0] if tensors[1] is None else outs[0]
-        mhc.step_backward_op._init_fn(*outs[:4], *tensors[:4], x_next, *tensors[4:], *outs[4:], 20)
+        torch.autograd.grad(outs, leaves, grads)
 
 
-def traffic(C=2560, n=4, T=1024):
+def traffic(C=2560, n=4, T=1024, single_pass=False):
     """[forward, backward]: {(kernel, group): (asked, distinct)} in units of C elements of bf16 a token."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("counting runs in Triton's interpreter: set TRITON_INTERPRET=1 before Python starts")
     passes = Traffic(C), Traffic(C)
     with hardware_arithmetic():
-        run_boundary(example(C, n, T), *passes)
+        run_boundary(example(C, n, T), single_pass, *passes)
     return [in_units(p, 2 * C * T) for p in passes]
 
 
@@ -276,8 +286,9 @@ def total(counted, *groups):
 def print_traffic(C=2560, n=4, T=1024):
     print(f"bytes moved at one boundary, n = {n}, C = {C}, {T} tokens, bf16; unit: {2 * C} bytes a token (counted)")
     print(f"{'':44}{'streams':>16}{'maps':>16}{'phi, d_phi, sums':>18}\n{'':44}" + "  asked distinct" * 3)
-    for title, counted in zip(("forward", "backward"), traffic(C, n, T), strict=True):
-        print_pass(title, counted)
+    for form in ("", "single-pass "):
+        for title, counted in zip(("forward", "backward"), traffic(C, n, T, bool(form)), strict=True):
+            print_pass(form + title, counted)
     print(f"forward, for comparison: {2 * n + 2} read and written once each; {4 * n + 2} the paper's fused kernels;")
     print(f"    {8 * n + 2} unfused (Table 2, (5n+1) + (3n+1)). Backward: {3 * n + 3} read and written once each.")
     if not has_liger():
@@ -308,7 +319,7 @@ SHARED_MEMORY = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "g
 POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
 
 
-def launches(C, n, T=4096, dtype=torch.bfloat16, maker="nvidia", form="middle"):
+def launches(C, n, T=4096, dtype=torch.bfloat16, maker="nvidia", form="middle", single_pass=False):
     """What a boundary launches: (kernel, arguments by name, options, grid), without launching."""
     import triton
 
@@ -323,7 +334,7 @@ def launches(C, n, T=4096, dtype=torch.bfloat16, maker="nvidia", form="middle"):
 
     triton.JITFunction.run, sk.MAKER = record, maker
     try:
-        run_boundary(example(C, n, T, dtype, "meta", form))
+        run_boundary(example(C, n, T, dtype, "meta", form), single_pass)
     finally:
         triton.JITFunction.run, sk.MAKER = run, made_by
     return found
@@ -354,13 +365,13 @@ def compile_ahead(kernel, named, options, target):
 
 def tile_bits(ttgir, dtype):
     """The narrowest access of one thread to a tile of 16-bit streams, in bits, from the layouts the compiler chose;
-    None for fp32 streams, which the layouts do not tell from mappings."""
+    None where there are none, and for fp32 streams, which the layouts do not tell from mappings."""
     if dtype.itemsize != 2:
         return None
     element = {torch.bfloat16: "bf16", torch.float16: "f16"}[dtype]
     widths = dict(re.findall(r"^#(\w+) = #ttg\.blocked<\{sizePerThread = \[([\d, ]+)\]", ttgir, re.M))
     used = re.findall(rf"(?:tt\.load|tt\.store|async_copy_global_to_local) .*?!tt\.ptr<{element}>, #(\w+)>", ttgir)
-    return min(int(widths[layout].split(",")[-1]) for layout in used) * 16
+    return min((16 * int(widths[layout].split(",")[-1]) for layout in used), default=None)
 
 
 def nvidia_resources(compiled):
@@ -382,13 +393,18 @@ def amd_resources(compiled):
     return registers, scratch, asm, "v_mfma", "atomic"
 
 
-def compile_report(C=2560, n=4, targets=tuple(TARGETS), dtype=torch.bfloat16, form="middle"):
-    """One dict a kernel and target: registers, spilled bytes a thread, shared memory, tensor-core instructions,
-    atomics, bits of a tile access, and, for 4096 tokens, programs and (on an H100) how many of them run at once."""
+def compile_report(
+    C=2560, n=4, targets=tuple(TARGETS), dtype=torch.bfloat16, form="middle", single_pass=False, only=None
+):
+    """One dict a kernel (of `only`, if given) and target: registers, spilled bytes a thread, shared memory, tensor-core
+    instructions, atomics, bits of a tile access, and, for 4096 tokens, programs and (on an H100) how many of them run
+    at once."""
     rows = []
     for target in targets:
         maker = "amd" if target.startswith("gfx") else "nvidia"
-        for kernel, named, options, grid in launches(C, n, 4096, dtype, maker, form):
+        for kernel, named, options, grid in launches(C, n, 4096, dtype, maker, form, single_pass):
+            if only and kernel.__name__ not in only:
+                continue
             compiled = compile_ahead(kernel, named, options, target)
             registers, spilled, asm, mma, atomic = (amd_resources if maker == "amd" else nvidia_resources)(compiled)
             threads, programs = 32 * options["num_warps"], int(np.prod(grid))
@@ -413,7 +429,8 @@ def print_compile(C=2560, n=4):
 # ----------------------------------------------------------------------------------------------------------------------
 # On a GPU.
 
-UNITS = {"mhc_step_kernel": 15, "maps_backward_kernel": 5, "phi_backward_kernel": 4, "streams_backward_kernel": 15}
+UNITS = {"streams_kernel": 9, "read_kernel": 5, "read_backward_kernel": 5, "phi_backward_kernel": 4}
+UNITS |= {"streams_backward_kernel": 15}
 
 
 def need_gpu():
@@ -443,15 +460,21 @@ def print_gpu(C=2560, n=4, T=16384):
             ms = event.device_time_total / event.count / 1e3
             print(f"{event.key:26}{ms:8.3f} ms {UNITS[event.key] * unit / ms / 1e6:8.0f} GB/s of streams")
     leaves = [t.requires_grad_() for t in tensors]
-    steps = {"triton": mhc.step_op, "twin": mhc.mhc_step_ref, "twin compiled": torch.compile(mhc.mhc_step_ref)}
+    H_pre = one_hot(x)
+    steps = {"triton": lambda *args: mhc.step_by_kernels(*args, None, None)}
+    steps["triton, single-pass"] = lambda *args: mhc.step_by_kernels(*args, H_pre, None)
+    steps |= {"twin": mhc.mhc_step_ref, "twin compiled": torch.compile(mhc.mhc_step_ref)}
     if has_liger():
         steps["Liger"] = liger_step
     for name, step in steps.items():
-        outs = step(*leaves, 20, 1e-20)[:4]
+        outs = step(*leaves, 20, 1e-20)
         ones = [torch.ones_like(o) for o in outs]
         forward = do_bench(lambda step=step: step(*leaves, 20, 1e-20))
-        both = do_bench(lambda step=step, ones=ones: torch.autograd.grad(step(*leaves, 20, 1e-20)[:4], leaves, ones))
-        print(f"{name:16} forward {forward:8.3f} ms, forward + backward {both:8.3f} ms")
+        both = do_bench(lambda step=step, ones=ones: torch.autograd.grad(step(*leaves, 20, 1e-20), leaves, ones))
+        print(f"{name:20} forward {forward:8.3f} ms, forward + backward {both:8.3f} ms")
+
+
+TUNED = ("streams", "read", "read_backward", "phi_backward", "streams_backward")  # the mappings are 1/400 of the bytes
 
 
 def candidates(row):
@@ -480,7 +503,7 @@ def retune(tensors, bench):
     x = tensors[0]
     sk.blocks = blocks
     try:
-        for kernel in ("step", "maps", "phi", "streams"):
+        for kernel in TUNED:
             BT, BC, options = given(kernel, x.shape[-2], x.shape[-1])
             now, times[kernel] = (BT, BC, options["num_warps"], options["num_stages"]), {}
             for row in dict.fromkeys([now, *candidates(now)]):
