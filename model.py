@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from manifolds import MANIFOLDS, check_manifold
-from mhc import mhc_coeffs, mhc_post_res, mhc_pre, mhc_step
+from mhc import hc_step, mhc_coeffs, mhc_post_res, mhc_step
 from mhc_ref import map_dtype
 
 MAPS = ("pre", "post", "res")  # in the order of phi, theta, alpha and b
@@ -231,9 +231,9 @@ class HyperConnection(Residual):
         raise NotImplementedError
 
     def forward(self, x, y, carry):
-        x, _ = self.close(x, y, carry)
-        H_pre, H_post, H_res = self.maps(x)
-        return x, mhc_pre(x, H_pre), (H_post, H_res)
+        with torch.autocast(x.device.type, enabled=False):
+            x, x_in, *carry = hc_step(x, y, *(carry or (None, None)), self.maps, self.impl)
+        return x, x_in, tuple(carry)
 
     def close(self, x, y, carry):
         """The update of Eq 3 alone: x_next[i] = sum_j H_res[i, j] x[j] + H_post[i] y."""

@@ -1,54 +1,63 @@
-"""mHC's residual connection on a GPU: everything between two sublayers as one operation, in Triton.
+"""mHC's residual connection on a GPU: what lies between two sublayers, in Triton.
 
-The kernels alone; mhc.py launches them, gives them gradients, and is what to import:
+The kernels alone; mhc_gpu.py launches them and gives them gradients, and mhc.py is what to import:
 
     x_next, x_in, H_post, H_res = mhc_step(x, y, H_post, H_res, phi, alpha, b)    # first sublayer: y = H_* = None
     x_next = mhc_post_res(x, y, H_post, H_res)                                    # after the last one
 
 What is fused. Sublayer l reads n streams x through H_pre and writes its output y back through H_post and H_res (Eq 3).
 The mappings of sublayer l+1 are functions of x_next alone, and x_next is made from x and y of sublayer l. So the unit
-is not the sublayer but the *boundary*: close l, map and read for l+1, while x_next's tiles are in registers.
+is not the sublayer but the *boundary*: close l, map and read for l+1.
 
-    x_next[i] = sum_j H_res[i, j] x[j] + H_post[i] y               Eq 3; rounded to x's dtype before anything reads it
-    proj = vec(x_next) phi ;  r = |vec(x_next)| / sqrt(nC)          Eq 14, 15: one pass, the norm divided out after
-    pre | post | res = alpha / r * proj + b                         Eq 16
-    H_pre = sigmoid, H_post = 2 sigmoid, H_res = Sinkhorn-Knopp     Eq 17-19, Eq 9
-    x_in = sum_i H_pre[i] x_next[i]                                 what sublayer l+1 reads
+    streams    x_next[i] = sum_j H_res[i, j] x[j] + H_post[i] y       Eq 3; rounded to x's dtype before it is read
+               sums = vec(x_next) phi and |vec(x_next)|^2             Eq 14, 15, while x_next's tile is in registers
+    maps       r = sqrt(|vec(x_next)|^2 / nC + eps)                   Eq 15
+               pre | post | res = alpha / r * vec(x_next) phi + b     Eq 16: the norm is divided out after the product
+               H_pre = sigmoid, H_post = 2 sigmoid, H_res = Sinkhorn-Knopp of exp                   Eq 17-19, Eq 9
+    read       x_in = sum_i H_pre[i] x_next[i]                        what sublayer l+1 reads
+
+The cut is where the streams end. A token's streams are 10,240 numbers, its sums 25 and its mappings 24, so `maps` is
+1/400 of the bytes and can be anything: here Sinkhorn's kernel; for other manifolds plain PyTorch (mhc_gpu.py); and HC's
+mappings use the same `streams` and `read`. In single-pass mHC x_next is read through the H_pre of the boundary before,
+which is known beforehand, and `streams` makes x_in too.
 
 Layout. x (T, n, C) with C contiguous, T all leading dimensions as one. A program owns BT tokens and walks over tiles of
 BC channels; of x a tile is (n, BT, BC), streams first, so that a thread holds all streams of an entry (up to 4 of them)
 and mixes them without exchange. phi (nC, n^2+2n) is fp32 with columns pre | post | res; logit (i, j) of H_res is column
 2n + n*i + j. Mappings and sums are fp32 whatever x is.
 
-Bytes. The unit is C elements of x a token; n = 4. The arithmetic is nothing, these are the cost.
-    forward    pass 1:  reads x, y and writes x_next                     4 + 1 + 4
-               pass 2:  reads x, y and writes x_in                       4 + 1 + 1                15
-    backward   maps:    reads x_next and d_x_in, for d_H_pre             4 + 1
-               streams: reads d_x_next, d_x_in, x, y; writes d_x, d_y    4 + 1 + 4 + 1 + 4 + 1
-               phi:     reads x_next, for d_phi                          4                        24
-The paper's three forward kernels move 18, unfused ones 34 (its Table 2: 5n+1 read and 3n+1 written).
-phi comes on top: 24 fp32 columns are 192/BT units a program and pass (3 at BT = 64), most of it from L2. Counted, not
-estimated, by `python tools/bench.py traffic`. What would go lower: pass 2 needs all of x_next before its first channel,
-and 64 tokens of it (1.3 MB) fit no register file or shared memory, so 10 units is only for a cache that holds every
-program's tile; folding d_phi into `streams` would save 4 but holds one more accumulator than the register file has.
+Bytes. The unit is C elements of x a token; n = 4. A boundary is bound by memory, so these are its cost.
+                                                                             mHC    single-pass
+    forward    streams: reads x, y and writes x_next (single-pass: x_in)     9      10
+               read:    reads x_next and writes x_in                         5
+                                                                            14      10
+    backward   read:    reads x_next and d_x_in, for d_H_pre                 5
+               streams: reads d_x_next, d_x_in, x, y; writes d_x, d_y       15      15
+               phi:     reads x_next, for d_phi                              4       4
+                                                                            24      19
+The paper's three forward kernels move 18, unfused ones 34 (its Table 2: 5n+1 read and 3n+1 written). phi comes on top:
+24 fp32 columns are 192/BT units a program and pass (3 at BT = 64), most of it from L2. `python tools/bench.py traffic`
+counts it all. d_phi inside `streams` would save 4 units more, at the price of an accumulator that the register file
+has no room for (LOG.md).
 
-No barrier. Pass 2 recomputes x_next from x and y (5 units) instead of reading back what pass 1 wrote (4). The read-back
-would be within one program, but between threads unless the layouts agree, so it needs a barrier, and on AMD a wait
-for stores before it, that no test here can see fail. One unit buys not having to argue. Across kernels the launch order
-is the barrier.
+Few tokens. A program takes the same tokens whatever their number. Where that gives too few programs for a GPU's
+processors, several share the channels of the same tokens, each writes its share of the sums, and the next kernel adds
+them in order. A decode step of 64 tokens is one program a channel tile.
 
-Backward. Saved: x, y, H_post, H_res, proj, r, and x_next, which is the next boundary's x: the same tensor, saved twice,
-stored once. Nothing of Sinkhorn: all iterations are replayed on chip (a gradient from the final matrix alone is wrong
-by more than 100 % at logits of standard deviation 6). Sums over programs (d_alpha, d_b, d_phi, d_H_post, d_H_res) are
-written as shares and added in a fixed order: no atomics, the same bits in every run.
+Barriers. The only ones are between kernels: no program reads what another one of the same launch wrote, or what it
+wrote itself.
+
+Backward. Saved: x, y, H_post, H_res, H_pre, sums, and x_next, which is the next boundary's x: the same tensor, saved
+twice, stored once. Nothing of Sinkhorn: all iterations are replayed on chip (a gradient from the final matrix alone is
+wrong by more than 100 % at logits of standard deviation 6). Sums over programs (d_alpha, d_b, d_phi, d_H_post, d_H_res,
+d_H_pre) are written as shares and added in a fixed order: no atomics, the same bits in every run.
 
 Precision. phi is multiplied as three bf16 terms when x is bf16 (24 bits, products exact in fp32) and as tf32x3 if not,
 both on tensor cores; the gradient through phi to a bf16 x is tf32. DOTS = 'ieee' asks for plain fp32 everywhere.
 
-What it trades. Compile-time switches (HAS_Y, HAS_NEXT) instead of three operations; registers (one program to an SM)
-for bytes. The forward has one program a 64 tokens, so 4096 tokens fill half of an H100's 132 processors and 8192 all;
-smaller programs would read phi more often. What compilers make of it is guarded by tests/test_kernel_compile.py; where
-the order of lines matters to them, a comment says so.
+What it trades. A pointer that is None is a compile-time switch, so one kernel serves every form (first, middle, last;
+with H_pre or without); registers (one program to an SM) for bytes. What compilers make of it is guarded by
+tests/test_kernel_compile.py; where the order of lines matters to them, a comment says so.
 """
 
 import torch
@@ -470,6 +479,8 @@ def streams_backward_kernel(
                 else:
                     x_next = tl.load(x_ptr + at, tile, 0.0).to(tl.float32)
             if d_sums_ptr is not None:
+                # T > 0 always holds, but the compiler does not know. A branch keeps the product's layout to itself:
+                # without, the tiles around are held in that layout too, and spill. With 8 streams it is the reverse.
                 if n == 8 or T > 0:
                     d = tl.trans(tl.dot(phi, d_proj_T, input_precision=PRECISION))
                 d += two_d_square[:, None] * x_next

@@ -1,11 +1,23 @@
 """The custom operators as PyTorch sees them: fakes, autograd, torch.compile, recomputation; and the dispatch."""
 
+import functools
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
 import mhc
-from tests.kernel_cases import call, interpreter, make_inputs, needs_triton, outputs_and_grads
+import mhc_gpu
+from manifolds import MANIFOLDS
+from mhc_ref import map_dtype
+from tests.kernel_cases import (
+    assert_as_good_as_twin,
+    call,
+    interpreter,
+    make_inputs,
+    needs_triton,
+    outputs_and_grads,
+)
 
 FP32, BF16 = torch.float32, torch.bfloat16
 
@@ -25,22 +37,22 @@ def step(*tensors):
 def test_opcheck_step(form, interpreted):
     x, y, H_post, H_res, phi, alpha, b, *rest = make_inputs(3, 2, 20, FP32, form=form)
     single_pass = H_pre = rest[0] if rest else None
-    x_next, x_in, sums = check(mhc.streams, x, y, H_post, H_res, phi, H_pre)
+    x_next, x_in, sums = check(mhc_gpu.streams, x, y, H_post, H_res, phi, H_pre)
     x_next, d_sums = x if y is None else x_next, None
     if phi is not None:
         settings = (2, 40, 3, 1e-20)  # n, nC, iterations, eps
-        H_pre, H_post_next, H_res_next = check(mhc.maps, sums, alpha, b, *settings)
+        H_pre, H_post_next, H_res_next = check(mhc_gpu.maps, sums, alpha, b, *settings)
         if single_pass is None:
-            x_in = check(mhc.read, x_next, H_pre)
-            check(mhc.read_backward, x_next, torch.randn_like(x_in))
-        d_sums, *_ = check(mhc.maps_backward, H_pre, H_post_next, H_res_next, sums, alpha, b, *settings)
+            x_in = check(mhc_gpu.read, x_next, H_pre)
+            check(mhc_gpu.read_backward, x_next, torch.randn_like(x_in))
+        d_sums, *_ = check(mhc_gpu.maps_backward, H_pre, H_post_next, H_res_next, sums, alpha, b, *settings)
     d_x_in = None if phi is None else torch.randn_like(x_in)
     tensors = (x, y, H_post, H_res, x_next, phi, H_pre)
-    check(mhc.streams_backward, torch.randn_like(x), d_x_in, d_sums, *tensors, single_pass is not None)
+    check(mhc_gpu.streams_backward, torch.randn_like(x), d_x_in, d_sums, *tensors, single_pass is not None)
 
 
 def check(function, *args):
-    """The operator under a function of mhc.py: its schema and its fake version are true. -> its outputs"""
+    """The operator under a function of mhc_gpu.py: its schema and its fake version are true. -> its outputs"""
     torch.library.opcheck(function.op, args, test_utils=("test_schema", "test_faketensor"))
     return function(*args)
 
@@ -48,8 +60,8 @@ def check(function, *args):
 @needs_triton
 def test_opcheck_sinkhorn(interpreted):
     logits = torch.randn(2, 3, 4, 4)
-    check(mhc.sinkhorn_forward, logits, 3)
-    check(mhc.sinkhorn_backward, logits, torch.randn(2, 3, 4, 4), 3)
+    check(mhc_gpu.sinkhorn_forward, logits, 3)
+    check(mhc_gpu.sinkhorn_backward, logits, torch.randn(2, 3, 4, 4), 3)
 
 
 @needs_triton
@@ -76,6 +88,39 @@ def test_any_leading_shape_and_strides(interpreted):
     for got in (outputs_and_grads(step, shaped), outputs_and_grads(step, strided + flat[5:])):
         assert all(torch.equal(g.reshape(w.shape), w) for g, w in zip(got, want, strict=True))
     assert outputs_and_grads(step, shaped)[0].shape == (2, 3, 2, 20)
+
+
+@needs_triton
+@pytest.mark.parametrize("form", ["middle", "single middle"])
+@pytest.mark.parametrize("name", ["identity", "kronecker", "orthostochastic"])  # 0, 2 and 28 logits beside the gates
+def test_other_manifolds_take_sinkhorns_place(name, form, interpreted):
+    n, manifold = 4, MANIFOLDS[name]
+    tensors, M = make_inputs(9, n, 20, FP32, form=form), 2 * n + manifold.n_logits(n)
+    gen = torch.Generator().manual_seed(2)
+    tensors[4], tensors[6] = torch.randn(n * 20, M, generator=gen) / 9, torch.randn(M, generator=gen)
+    options = {"manifold": functools.partial(manifold.H_res, n=n)}
+    used = set(range(len(tensors) - (4 if name == "identity" else 3)))  # the identity has no gradient
+    got = outputs_and_grads(lambda *t: call(mhc.mhc_step, t, impl="triton", **options), tensors, use=used)
+    twin = outputs_and_grads(lambda *t: call(mhc.mhc_step_ref, t, **options), tensors, use=used)
+    want = outputs_and_grads(lambda *t: call(mhc.mhc_step_ref, t, **options), tensors, torch.float64, use=used)
+    assert_as_good_as_twin(got, twin, want, range(len(got)))
+
+
+@needs_triton
+@pytest.mark.parametrize("form", ["first", "middle"])
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_hc_step_reads_through_any_maps(dtype, form, interpreted):
+    """Maps that are functions of the streams by PyTorch; their gradient and the read's meet in the streams' kernel."""
+
+    def maps(x):
+        dynamic = x.to(map_dtype(x)).mean(-1).tanh()  # (T, n)
+        return dynamic + 1, 2 * dynamic - 1, dynamic.unsqueeze(-1) * dynamic.flip(-1).unsqueeze(-2)
+
+    tensors = make_inputs(17, 4, 40, dtype, form=form)[:4]
+    got = outputs_and_grads(lambda *t: mhc.hc_step(*t, maps, impl="triton"), tensors)
+    twin = outputs_and_grads(lambda *t: mhc.hc_step(*t, maps, impl="ref"), tensors)
+    want = outputs_and_grads(lambda *t: mhc.hc_step(*t, maps, impl="ref"), tensors, torch.float64)
+    assert_as_good_as_twin(got, twin, want, range(len(got)))
 
 
 @needs_triton
@@ -150,10 +195,10 @@ def test_what_the_kernels_do_not_take():
 def test_ieee_products_on_request(interpreted, monkeypatch):
     tensors = make_inputs(3, 2, 20, BF16)
     want = step(*tensors)
-    monkeypatch.setattr(mhc.kernels, "DOTS", "ieee")
+    monkeypatch.setattr(mhc_gpu.kernels, "DOTS", "ieee")
     for g, w in zip(step(*tensors), want, strict=True):
         torch.testing.assert_close(g, w)
-    monkeypatch.setattr(mhc.kernels, "DOTS", "iee")
+    monkeypatch.setattr(mhc_gpu.kernels, "DOTS", "iee")
     with pytest.raises(ValueError, match="wanted 'auto' or 'ieee'"):
         step(*tensors)
 

@@ -80,13 +80,13 @@ def test_no_sublayers_change_nothing():
     assert run_sublayers(x, [], carry=carry) == (x, carry)
 
 
-@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
-def test_the_fused_operator_is_replayed(autocast):
+@pytest.mark.parametrize("residual, autocast", [("mhc", False), ("mhc", True), ("hc", True)])
+def test_the_fused_operator_is_replayed(residual, autocast):
     """Triton's kernels, interpreted: a boundary in one operation and in two halves have the same bits."""
     pytest.importorskip("triton")
     from tools.kernel_report import hardware_arithmetic
 
-    model = make(n_layer=2, impl="triton", seq_len=4, n_embd=16, sinkhorn_iters=2)
+    model = make(n_layer=2, impl="triton", seq_len=4, n_embd=16, sinkhorn_iters=2, residual=residual)
     with hardware_arithmetic():
         wanted = step(model, autocast)
         for mode, block in (("mhc", 3), ("mhc", 1), ("full", 3)):

@@ -105,7 +105,7 @@ def test_the_twin_is_the_equations(std, n):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("std, seeds", [(1, 1), (80, 7)])
+@pytest.mark.parametrize("std, seeds", [(1, 1), (80, 15)])
 def test_every_impl_in_fp32_is_as_good_as_the_twin(impl, std, seeds):
     """The median over seeds: at std 80 each site multiplies what rounding the one before has left, and one seed is a
     throw of dice."""

@@ -220,15 +220,15 @@ def one_hot(x):
 
 def run_boundary(tensors, single_pass=False, forward=None, backward=None):
     """One boundary forward, then backward, as a model runs it; each within its context, if any."""
-    import mhc
+    import mhc_gpu
 
     leaves = [None if t is None else t.detach().requires_grad_() for t in tensors]
     H_pre = one_hot(tensors[0]).requires_grad_() if single_pass else None
     with forward or contextlib.nullcontext():
         if tensors[4] is None:
-            outs = [mhc.mhc_post_res_by_kernels(*leaves[:4])]
+            outs = [mhc_gpu.mhc_post_res(*leaves[:4])]
         else:
-            outs = mhc.step_by_kernels(*leaves, 20, 1e-20, H_pre, None)
+            outs = mhc_gpu.mhc_step(*leaves, 20, 1e-20, H_pre, None)
     grads, leaves = [torch.ones_like(out) for out in outs], [t for t in (*leaves, H_pre) if t is not None]
     with backward or contextlib.nullcontext():
         torch.autograd.grad(outs, leaves, grads)
@@ -443,7 +443,8 @@ def print_gpu(C=2560, n=4, T=16384):
     need_gpu()
     from triton.testing import do_bench
 
-    import mhc
+    import mhc_gpu
+    import mhc_ref
 
     print(f"{torch.cuda.get_device_name()}: n = {n}, C = {C}, {T} tokens, bf16")
     tensors = example(C, n, T, device="cuda")
@@ -461,9 +462,9 @@ def print_gpu(C=2560, n=4, T=16384):
             print(f"{event.key:26}{ms:8.3f} ms {UNITS[event.key] * unit / ms / 1e6:8.0f} GB/s of streams")
     leaves = [t.requires_grad_() for t in tensors]
     H_pre = one_hot(x)
-    steps = {"triton": lambda *args: mhc.step_by_kernels(*args, None, None)}
-    steps["triton, single-pass"] = lambda *args: mhc.step_by_kernels(*args, H_pre, None)
-    steps |= {"twin": mhc.mhc_step_ref, "twin compiled": torch.compile(mhc.mhc_step_ref)}
+    steps = {"triton": lambda *args: mhc_gpu.mhc_step(*args, None, None)}
+    steps["triton, single-pass"] = lambda *args: mhc_gpu.mhc_step(*args, H_pre, None)
+    steps |= {"twin": mhc_ref.mhc_step_ref, "twin compiled": torch.compile(mhc_ref.mhc_step_ref)}
     if has_liger():
         steps["Liger"] = liger_step
     for name, step in steps.items():
