@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from manifolds import MANIFOLDS, check_manifold
-from mhc import hc_step, mhc_coeffs, mhc_post_res, mhc_step
+from mhc import hc_step, mhc_coeffs, mhc_post_res, mhc_pre, mhc_step
 from mhc_ref import map_dtype
 
 MAPS = ("pre", "post", "res")  # in the order of phi, theta, alpha and b
