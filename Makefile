@@ -43,5 +43,7 @@ drill: .venv/done
 	$(py) -m pip install -r requirements.txt
 	touch $@
 
+# Caches alone: runs and corpora are yours to remove.
 clean:
-	rm -rf out
+	rm -rf .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

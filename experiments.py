@@ -20,10 +20,8 @@ if __name__ == "__main__":
 import csv
 import fcntl
 import itertools
-import json
 import math
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -35,10 +33,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+import owned
 import train
 from configurator import at_least, configure, fail, read_file
 from model import CHOICES, RESIDUALS
 from owned import whole_file, write_json
+from records import METRIC, anything, each, read_bytes, read_json, read_lines
 
 jobs = 1  # cells at a time, a thread each
 quick = False  # 10 steps and 2 seeds a cell, into out/experiments/quick: to see that it runs
@@ -223,7 +223,7 @@ def write_rows(path, rows):
     """Replace a CSV file as a whole: cell, the settings that vary, what was measured."""
     settings = list(dict.fromkeys(k for row in rows.values() for k in row if k not in ("cell", *MEASURED)))
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with whole_file(path) as f:
+    with whole_file(path, lambda path: read_bytes(path)[:5] == b"cell,") as f:
         writer = csv.DictWriter(f, ["cell", *settings, *MEASURED], restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows.values())
@@ -236,8 +236,7 @@ def numbers(values):
 
 def records_of(folder):
     """The records of steps and of evaluations in a run folder."""
-    with open(os.path.join(folder, "metrics.jsonl")) as f:
-        found = [json.loads(line) for line in f if line.endswith("\n")]
+    found = list(read_lines(os.path.join(folder, "metrics.jsonl"), METRIC, going_on=True))
     return [r for r in found if "loss" in r], [r for r in found if "val_loss" in r]
 
 
@@ -248,8 +247,7 @@ def nan_for_null(values):
 def measure(cell, folder):
     """The row of a run that has ended: all steps taken, or no longer finite."""
     steps, evals = records_of(folder)
-    with open(os.path.join(folder, "config.json")) as f:
-        origin = json.load(f)
+    origin = read_json(os.path.join(folder, "config.json"), {"settings": each(anything), "commit": anything})
     settings, last = origin["settings"], evals[-1]
     loss, norm = (nan_for_null(r[k] for r in steps) for k in ("loss", "grad_norm"))
     bins = [b for b in np.array_split(np.arange(len(steps)), POINTS) if len(b)]
@@ -307,7 +305,7 @@ def claim(folder, cell):
     mark = os.path.join(folder, MARK)
     if os.path.isdir(folder) and os.listdir(folder) and not os.path.exists(mark):
         raise RuntimeError(f"{folder} was not made by experiments.py; move it away, or choose another --runs=FOLDER")
-    os.makedirs(folder, exist_ok=True)
+    owned.make(folder, "run", recognise=lambda folder: True)  # it has our mark or is empty
     write_json(mark, cell)
 
 
@@ -366,7 +364,7 @@ def run(experiment):
             rows[name] = row
             write_rows(path, {n: rows[n] for n in (*cells, *rows) if n in rows})  # in the table's order
         if not keep:
-            shutil.rmtree(folder)
+            owned.remove(folder, "run")  # but for what somebody else has put there
         print(f"{name}: val_loss {row['val_loss'] or 'none'}  gain {row.get('gain_peak', '-')}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -377,11 +375,12 @@ def run(experiment):
 def hold(experiment):
     """One process for an experiment: two would train the same cells. -> the open file that is the lock"""
     os.makedirs(runs, exist_ok=True)
-    f = open(os.path.join(runs, f"{experiment}.lock"), "w")
+    owned.check_file(path := os.path.join(runs, f"{experiment}.lock"))
+    f = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+")
     try:
         fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        fail(f"{experiment} is being run by another process (it holds {f.name}); wait for it, or stop it")
+        fail(f"{experiment} is being run by another process (it holds {path}); wait for it, or stop it")
     return f
 
 
@@ -417,4 +416,4 @@ def main():
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, owned.NotOurs)

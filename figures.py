@@ -28,19 +28,7 @@ import numpy as np
 import owned
 from configurator import between, configure, fail, one_of, some
 from owned import NotOurs
-from records import (
-    Missing,
-    RecordError,
-    Unreadable,
-    integer,
-    null_or,
-    number,
-    open_file,
-    read_bytes,
-    read_json,
-    read_lines,
-    string,
-)
+from records import METRIC, Missing, RecordError, Unreadable, open_file, read_bytes, read_json, read_lines, string
 
 figure = "report"  # 'report' | 'loss' | 'gains' | 'maps'
 out = "report.png"  # where the picture goes; the ending chooses the format
@@ -51,13 +39,6 @@ OTHER_COLORS = ("#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # of residual conne
 STYLES = ["-", "--", ":", "-."]  # runs with the same residual
 
 
-MAYBE = null_or(number())  # train.py writes null for what is not finite
-METRIC = {  # a line of metrics.jsonl: of a step or of an evaluation
-    "step": integer(0), **dict.fromkeys(("loss?", "grad_norm?", "val_loss?", "bits_per_byte?"), MAYBE),
-    **dict.fromkeys(("step_ms?", "peak_MB?", "params?"), null_or(number(0))),
-    **{f"{kind}_{way}_{m}?": [MAYBE] for kind in ("single", "composite") for way in ("fwd", "bwd")
-       for m in ("max", "min")},
-}  # fmt: skip
 CONFIG = {"settings": {"residual": string(1, 50)}}
 MARK = b"mHC figures.py"  # inside a picture: ours, and so ours to replace
 ABOUT = {".png": "Software", ".svg": "Creator", ".pdf": "Creator"}  # where these formats have a place for it

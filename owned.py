@@ -39,7 +39,8 @@ SHARD = r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors"
 STEP = rf"({SHARD}|state\.json|manifest\.json)"
 CORPUS = rf"((train|val)_\d{{6,}}\.bin|meta\.json|tokenizer\.json|journal\.json|{re.escape(MARK)})"
 RUN = (
-    r"(config\.json|settings\.py|metrics\.jsonl|metrics-dropped\.jsonl|maps\.npz|trace\.json|latest|\.lock|"
+    r"(config\.json|settings\.py|metrics\.jsonl|metrics-dropped\.jsonl|maps\.npz|trace\.json|log\.txt|latest|\.lock|"
+    r"made-by-experiments\.json|"
     rf"(\.tmp-|\.tmp-old-|broken-)?step-\d{{8,}}(-\d+)?(/{STEP})?|{re.escape(MARK)})"
 )
 NAMES = {  # what it is: what its own names look like, as paths within the folder

@@ -288,3 +288,15 @@ def names_in(folder):
         raise Unreadable(f"{folder}: cannot be read ({e.strerror or e})") from None
     except ValueError as e:
         raise RecordError(f"{folder!a}: is no folder's name ({e})") from None
+
+
+# -- a line of metrics.jsonl ------------------------------------------------------------------------------------------
+
+MAYBE = null_or(number())  # train.py writes null for what is not finite
+METRIC = {  # of a step, with a loss, or of an evaluation, with a val_loss
+    "step": integer(0),
+    **dict.fromkeys(("loss?", "lr?", "grad_norm?", "expert_load?", "val_loss?", "bits_per_byte?"), MAYBE),
+    **dict.fromkeys(("step_ms?", "peak_MB?", "params?", "skipped?"), null_or(number(0))),
+    **{f"{kind}_{way}_{m}?": [MAYBE] for kind in ("single", "composite") for way in ("fwd", "bwd")
+       for m in ("max", "min")},
+}  # fmt: skip

@@ -795,7 +795,7 @@ def test_ctrl_c_and_kill(tmp_path):
 @pytest.mark.parametrize(
     "flags, code, message",
     [
-        (["--tokens=0"], 2, "tokens=0: wanted a number above 0, or -1"),
+        (["--tokens=0"], 2, "tokens=0: wanted a number above 0"),
         (["--val_fraction=1.5"], 2, "val_fraction=1.5: wanted"),
         (["--tokeniser=gpt2"], 2, "did you mean tokenizer?"),
         (["--dataset=nosuch"], 1, "wanted python, shakespeare, c4, fineweb10b, eval, or a file or folder"),

@@ -45,7 +45,7 @@ from safetensors.torch import load_file
 import checkpoint
 import owned
 from configurator import above, at_least, configure, one_of, some
-from records import Missing, RecordError, read_lines
+from records import METRIC, Missing, RecordError, read_lines
 
 rounds = 50  # faults
 ranks = 4  # processes
@@ -161,7 +161,7 @@ class Run:
     def records(self):
         """metrics.jsonl; a line that is being written is left out. Raises Lost if another is damaged."""
         try:
-            return list(read_lines(os.path.join(self.out_dir, "metrics.jsonl"), going_on=True))
+            return list(read_lines(os.path.join(self.out_dir, "metrics.jsonl"), METRIC, going_on=True))
         except Missing:
             return []
         except RecordError as e:
@@ -456,7 +456,7 @@ def finish(run, straight):
     max_steps = run.step() + checkpoint_interval
     for r in (run, straight):
         r.start(max_steps)
-        r.wait("the run to end", lambda r=r: r.torchrun.poll() is not None, 60 + max_steps)
+        r.wait("the run to end", lambda r=r: r.torchrun.poll() is not None, PATIENCE + max_steps)
         if r.torchrun.returncode:
             raise Lost(f"the run ended with {r.torchrun.returncode}: see {r.log}")
     return max_steps

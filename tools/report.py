@@ -27,8 +27,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+import owned
 from configurator import configure, fail, read_file
 from experiments import DEMO, ELSEWHERE, EXPERIMENTS, read_rows, results
+from records import read_bytes
 
 out = "REPORT.md"
 assets = "assets"  # folder of the pictures
@@ -392,6 +394,7 @@ def page(rows):
     n = len(EXPERIMENTS["rates"].cells())
     parts = [
         "# What of the paper can be seen on a CPU",
+        f"<!-- {MARK.decode()} -->",
         "Written by `make report` from `results/*.csv`, which `python experiments.py NAME` fills; no number is typed "
         "in by hand. Losses are validation losses in nats a token, means ± standard errors over seeds; differences are "
         "paired by seed, which fixes weights and data alike. 1.2M parameters say nothing about the losses at 27B; what "
@@ -407,12 +410,21 @@ def page(rows):
     return "\n\n".join(parts) + "\n"
 
 
+MARK = b"mHC tools/report.py"  # inside a picture or a page: ours, and so ours to replace
+HERE = Path(__file__).resolve().parent.parent
+
+
+def is_ours(path):
+    """Whether a file is one that this program has made: it bears the mark, or is in its place in this repository."""
+    return Path(path).absolute() in (HERE / "REPORT.md", HERE / "assets" / Path(path).name) or MARK in read_bytes(path)
+
+
 def save(fig, name):
     path = os.path.join(assets, f"{name}.png")
     try:
         os.makedirs(assets, exist_ok=True)
-        fig.savefig(path + ".tmp", dpi=130, format="png")
-        os.replace(path + ".tmp", path)
+        with owned.whole_file(path, is_ours, binary=True) as f:
+            fig.savefig(f, dpi=130, format="png", metadata={"Software": MARK.decode()})
     except OSError as e:
         fail(f"assets={assets!r}: {path} cannot be drawn: {e.strerror}")
     plt.close(fig)
@@ -426,13 +438,12 @@ def main():
     if demo_done(rows):
         draw_demo(rows)
     try:
-        with open(out + ".tmp", "w") as f:
+        with owned.whole_file(out, is_ours) as f:
             f.write(page(rows))
-        os.replace(out + ".tmp", out)
     except OSError as e:
         fail(f"out={out!r}: cannot be written: {e.strerror}")
     print(f"{out}: {len(rows)} cells of rates")
 
 
 if __name__ == "__main__":
-    program.run(main)
+    program.run(main, owned.NotOurs)
