@@ -67,13 +67,17 @@ def test_a_page_from_rows(place):
     page = (place / "REPORT.md").read_text()
     assert "| HC | × 100 | 5 | not finite in 1 of 5 | not finite in 1 of 5 | 1e+08 to inf | 5 of 5 |" in page
     assert "| mHC, 'home' | × 100 | 5 | 4.500 ± 0.070 | −0.500 ± 0.005 | 1 to 1.4 | 0 of 5 |" in page
-    assert "Both at × 1: HC less mHC −0.200 ± 0.000 (5 of 5 seeds)" in page and "best rate: HC" not in page
+    assert (
+        "Both at × 1: HC less mHC −0.200 ± 0.000 (5 of 5 seeds); HC is behind mHC in 0 of 5" in page
+        and "best rate: HC" not in page
+    )
     claims = [line for line in page.splitlines() if line.startswith("| mHC ") or line.startswith("| HC's gain")]
     assert [line.rsplit(" | ", 1)[1] for line in claims[:4]] == [
         "reproduced, at toy size |", "reproduced, with the rate of α and b raised |", "reproduced, at toy size |",
         "open: three are wanted |",
     ]  # fmt: skip
     board = page[page.index("## Leaderboard") :]
+    assert "HC is behind mHC in 5 of 5, behind the baseline in 4 of 5" in page  # a loss that is no number is behind
     assert board.index("mine") < board.index("maps_lr_scale=100") < board.index("| demo.py | HC, maps_lr_scale=1 ")
     assert all((place / "assets" / f"{name}.png").stat().st_size > 10_000 for name in ("rates", "demo"))
     assert page.count("Not run yet") == 6

@@ -76,6 +76,12 @@ def paired(a, b, digits=3):
     return mean_se((a[s] - b[s] for s in sorted(a.keys() & b.keys())), digits)
 
 
+def behind(a, b):
+    """How often a's loss is the higher one, over the seeds that both have."""
+    both = a.keys() & b.keys()
+    return f"{sum(a[s] > b[s] for s in both)} of {len(both)}"
+
+
 def span(numbers):
     """'300 to 1.4e+03', '1.2' where they are equal to two digits."""
     low, high = (f"{f(numbers):.2g}" for f in (min, max))
@@ -154,7 +160,9 @@ def rates_findings(rows):
     for scale in SCALES:
         a, b = losses(rows, "hc", scale), losses(rows, "home", scale)
         if both := a.keys() & b.keys():
-            lines.append(f"- Both at × {scale}: HC less mHC {paired(a, b)} ({len(both)} of 5 seeds).")
+            base = losses(rows, "baseline", 1)
+            behinds = f"HC is behind mHC in {behind(a, b)}, behind the baseline in {behind(a, base)}"
+            lines.append(f"- Both at × {scale}: HC less mHC {paired(a, b)} ({len(both)} of 5 seeds); {behinds}.")
     return "\n".join(lines)
 
 
@@ -327,7 +335,8 @@ def claims_of_rates(rows, claim):
     claim(
         "mHC trains on where HC breaks (Fig 2)",
         "HC's loss surges at step 12k of 50k",
-        f"× 100: HC's gain passes {BROKEN:.0e} in {broken} of {len(hc)}; HC less mHC {paired(hc, home)}",
+        f"× 100: HC's gain passes {BROKEN:.0e} in {broken} of {len(hc)}; HC less mHC {paired(hc, home)}, "
+        f"behind it in {behind(hc, home)}",
         verdict("reproduced, with the rate of α and b raised" if broken == len(hc) else "in part", hc, home),
     )
     claim("mHC beats the baseline (Fig 5)", "−0.021 (27B)", f"× 100: {paired(home, base)}",
