@@ -81,7 +81,7 @@ FILE_BYTES = 2 << 30  # of one file: safetensors are serialised in memory, so th
 
 RULES = {int: integer(0, 2**40), float: records.number(), str: string(0, 1000), bool: records.boolean}
 SETTINGS = {f"{f.name}?": RULES[f.type] for f in fields(GPTConfig)}  # of a run, as far as they fix the model
-ORIGIN = {"command?": [string()], "commit?": records.null_or(string()), "data": each(string())}
+ORIGIN = {"command?": [records.anything], "commit?": records.null_or(string()), "data": each(string())}
 CONFIG = {"settings": SETTINGS, **ORIGIN}
 STATE = {
     "step": integer(0), "best": records.boolean, "world": integer(1), "rng": [each(string())],
@@ -204,10 +204,10 @@ def holds_a_checkpoint(folder):
     """Whether anything of a checkpoint is in a folder. Raises CheckpointError if that cannot be seen just now."""
     try:
         return any(owned.is_name("step", name) for name in names_in(folder))
-    except (Missing, Unreadable) as e:
+    except Unreadable as e:
         raise unreadable(folder, e) from None
     except RecordError:
-        return False  # a file of that name
+        return False  # a file of that name, or one that was pruned just now
 
 
 def unreadable(folder, error):
@@ -339,7 +339,13 @@ def save(out_dir, step, model, optimizer, state, settings, keep=2, best=False):
         raise ValueError(f"keep={keep}: wanted at least 2 checkpoints, in case the newest is damaged")
     folder, tmp = step_folder(out_dir, step), os.path.join(out_dir, f".tmp-step-{step:08d}")
     try:
-        on_rank_0(lambda: (owned.make(out_dir, "run", looks_like_a_run), owned.remove(tmp, "step"), os.mkdir(tmp)))
+        on_rank_0(
+            lambda: (
+                owned.make(out_dir, "run", looks_like_a_run),
+                owned.remove(tmp, "step"),
+                os.makedirs(tmp, exist_ok=True),
+            )
+        )
         moments = get_optimizer_state_dict(model, optimizer)["state"] if optimizer is not None else {}
         tensors = keyed(get_model_state_dict(model), moments)
         writer = HuggingFaceStorageWriter(tmp, save_distributed=True, fqn_to_index_mapping=file_of_each(tensors))
@@ -461,6 +467,8 @@ def resume_point(out_dir):
     """
 
     def clean():
+        if not records.is_utf8(out_dir):  # it could be written, and never read again
+            raise CheckpointError(f"{out_dir!a}: wanted a name in UTF-8: safetensors reads no others", 2)
         owned.make(out_dir, "run", looks_like_a_run)
         lock(out_dir)
         for name in OVERWRITTEN:

@@ -44,7 +44,7 @@ FILE = {"name": file_name, "tokens": integer(0, 2**32 - 1), "sha256": sha256, "e
 SPLIT = {"tokens": integer(0), "bytes_per_token": records.number(0, 1e6), "files": [FILE]}
 META = {
     "format?": records.one_of(1), "vocab_size": integer(1, 2**32), "eot": integer(0, 2**32), "splits": each(SPLIT),
-    "tokenizer_file?": file_name, "tokenizer_sha256?": sha256, "tokenizer?": string(), "dataset?": string(),
+    "tokenizer_file?": file_name, "tokenizer_sha256?": sha256, "tokenizer?": string(), "dataset?": records.anything,
     "settings?": each(records.anything),
 }  # fmt: skip
 

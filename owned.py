@@ -23,6 +23,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import stat
 import sys
 
@@ -35,6 +36,7 @@ except ImportError:  # Windows has no such locks
     fcntl = None
 
 MARK = ".made_by_mhc"
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # Windows has no such flag
 SHARD = r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors"
 STEP = rf"({SHARD}|state\.json|manifest\.json)"
 CORPUS = rf"((train|val)_\d{{6,}}\.bin|meta\.json|tokenizer\.json|journal\.json|{re.escape(MARK)})"
@@ -93,6 +95,8 @@ def is_name(what, path):
     """Whether this path within a folder is one of ours, or leads to one. what: of NAMES, or a set of such paths."""
     if isinstance(what, frozenset):
         return path in what
+    folder, slash, name = path.rpartition("/")
+    path = folder + slash + name.removeprefix(f"{MARK}.")  # what a killed write has left
     return re.fullmatch(NAMES[what], path) is not None
 
 
@@ -257,7 +261,7 @@ def open_named(temporary):
     """The descriptor of a new file of this name, locked; a killed process' leftover, which is not, goes first."""
     for _ in range(3):
         with contextlib.suppress(FileExistsError):
-            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | NO_LINK, 0o666)
             lock(fd)
             return fd
         remove_leftover(temporary)
@@ -268,7 +272,7 @@ def remove_leftover(temporary):
     """Remove what a killed write has left; what somebody is writing stays."""
     with contextlib.suppress(FileNotFoundError):
         check_file(temporary)
-        fd = os.open(temporary, os.O_RDWR | os.O_NOFOLLOW)
+        fd = os.open(temporary, os.O_RDWR | NO_LINK)
         try:
             if lock(fd):
                 os.remove(temporary)
@@ -301,10 +305,22 @@ def give_name(fd, path, temporary):
                 if name == temporary:
                     remove_leftover(temporary)
             except OSError as e:
-                raise OSError(e.errno, e.strerror, path) from None  # its own name is a number
+                if e.errno not in (errno.EXDEV, errno.EPERM, errno.ENOENT, errno.EOPNOTSUPP):
+                    raise OSError(e.errno, e.strerror, path) from None  # its own name is a number
+                return copied(fd, temporary)
     finally:
         os.close(here)
     raise OSError(errno.EBUSY, "another process is writing this file", path)
+
+
+def copied(fd, temporary):
+    """Copy a nameless file, where the system lets none have a name after all, to one named `temporary`. -> the name."""
+    with os.fdopen(open_named(temporary), "wb") as new, os.fdopen(os.dup(fd), "rb") as old:
+        old.seek(0)
+        shutil.copyfileobj(old, new, 1 << 20)
+        new.flush()
+        os.fsync(new.fileno())
+    return temporary
 
 
 def append(file, data):

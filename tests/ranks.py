@@ -85,7 +85,9 @@ def train_process(flags, log, rank, world, port, hook):
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for fd in (1, 2):
         os.dup2(out, fd)
-    sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # pytest has put its own there
+    sys.stdout, sys.stderr = (
+        open(n, "w", closefd=False, errors="backslashreplace") for n in (1, 2)
+    )  # pytest has put its own there
     torch.set_num_threads(1)
     if world > 1:
         names = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)

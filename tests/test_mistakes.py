@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import sys
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def call(name, argv):
     code = 0
     try:
         with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), \
-                contextlib.redirect_stdout(io.StringIO()):  # fmt: skip
+                contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO(), errors="backslashreplace")):  # fmt: skip
             patch.setattr(program, "handle_signals", lambda handler: None)
             patch.setattr(program, "watch_signals", lambda: None)
             patch.setattr(sys, "stdin", None)
@@ -566,6 +567,35 @@ def test_a_real_file_with_one_thing_changed_is_used_or_refused_in_one_line(world
 
     one()
     assert len(refused) >= 5
+
+
+def test_names_that_are_not_utf8(world, tmp_path):
+    """A corpus may have one; a run may not, since safetensors would not read it again."""
+    root = copy(world, tmp_path)
+    run, data = (os.fsdecode(os.fsencode(root) + name) for name in (b"/run\xff", b"/data\xff"))
+    os.rename(root / "data", data)
+    codes, output = train_in_fork([*TINY, f"--data_dir={data}", f"--out_dir={root}/new"], str(root / "log"))
+    assert codes == [0], output
+    assert call("sample", [f"{root}/new", "--max_new_tokens=2"])[0] == 0
+    code, said = call("train", [*TINY, f"--data_dir={data}", f"--out_dir={run}"])
+    assert code == 2 and "wanted a name in UTF-8" in said and not os.path.exists(run)
+    os.rename(root / "new", run)
+    assert call("checkpoint", [run])[0] == 0 and call("figures", [run, f"--out={root}/x.png"])[0] == 0
+    code, said = call("sample", [run])
+    assert code == 2 and said.count("\nerror:") + said.startswith("error:") == 1
+
+
+@pytest.mark.parametrize("program, flags", [("figures", ["--out={root}/x.png"]), ("checkpoint", ["{root}/x"])])
+def test_a_full_disk_leaves_nothing_half_written(world, tmp_path, program, flags):
+    root = copy(world, tmp_path)
+    before, old = lies_there(root), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, old[1]))
+    try:
+        code, said = call(program, [str(root / "run"), *(flag.format(root=root) for flag in flags)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert code in (1, 2) and f"{root}/x" in said and "File too large" in said and said.count("\nerror:") <= 1
+    assert lies_there(root) == before
 
 
 def test_a_shard_altered_in_the_middle_is_noticed_in_the_background(world, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """owned.py: only what we made and marked is deleted, moved or overwritten; a file is whole or not there."""
 
+import errno
 import fcntl
 import os
 import resource
@@ -85,11 +86,17 @@ def test_a_whole_run_is_removed_with_its_folder(tmp_path):
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=["nameless", "named"])
+@pytest.fixture(params=["nameless", "named", "no links"])
 def way(request, monkeypatch):
-    """With O_TMPFILE, and as where the system has no such thing."""
+    """With O_TMPFILE, as where the system has no such thing, and where such a file cannot get a name."""
     if request.param == "named":
         monkeypatch.delattr(os, "O_TMPFILE")
+    elif request.param == "no links":
+
+        def link(*args, **more):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+        monkeypatch.setattr(os, "link", link)
     return request.param
 
 
@@ -152,9 +159,8 @@ def test_what_a_killed_write_has_left_is_cleared_by_the_next(tmp_path, way):
     for content in ("one", "two"):
         with whole_file(str(tmp_path / "x")) as f:
             f.write(content)
-    if way == "named":
-        assert tree(tmp_path) == ["x"]
     assert (tmp_path / "x").read_text() == "two" and tree(tmp_path) == ["x"]
+    assert owned.is_name("run", f"step-00000001/{MARK}.state.json") and not owned.is_name("run", f"{MARK}.thesis")
 
 
 def test_a_write_that_is_going_on_is_not_disturbed(tmp_path, monkeypatch):
