@@ -429,7 +429,7 @@ def cut_converged(H_res):
     gradient it has depends on the weights: in the first logits none (20 iterations, logit std .9: 4e-8 of that of the
     sublayer before, under a noise of 1e-6 in fp32), at logit std 8, or after 5 iterations, 3e-3 to 8 times it.
     """
-    error = (H_res.detach().sum(-2) - 1).abs().amax(-1)  # (...): with rounding alone up to 2 eps (n = 16: 3)
+    error = (H_res.detach().sum(-2) - 1).abs().amax(-1)  # (...): with rounding alone up to 2.5 eps (n = 16: 4)
     converged = error <= 4 * torch.finfo(H_res.dtype).eps
     return torch.where(converged[..., None, None], H_res.detach(), H_res)
 
