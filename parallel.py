@@ -31,12 +31,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import expert_parallel
 import pipeline
+import program
 from configurator import fail
 
 PARALLEL = ("none", "ddp", "fsdp")
@@ -71,7 +73,9 @@ def start(parallel="none", device="cpu", shard_size=0, rank_timeout=600, expert_
     if "RANK" in os.environ or parallel == "fsdp":
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         timeout = timedelta(seconds=rank_timeout)
-        dist.init_process_group(backend, timeout=timeout, **meeting_point(rank, world, timeout))
+        # device_id: NCCL connects now and not in the first collective, and a wrong device is an error here
+        bound = {"device_id": torch.device(device)} if device.startswith("cuda") else {}
+        dist.init_process_group(backend, timeout=timeout, **bound, **meeting_point(rank, world, timeout))
     return Ranks(parallel, rank, world, torch.device(device), shard_size, rank_timeout, expert_size, pipeline_size)
 
 
@@ -126,6 +130,9 @@ class Ranks:
             self.mesh = mesh["data", "expert"]._flatten("all")  # all the rest is cut over both dimensions
             self.part, self.parts, self.alike = self.mesh.get_local_rank(), self.mesh.size(), self.mesh.get_group()
             self.pipe = mesh["pipe"] if pipeline_size > 1 else None
+        for mesh in (self.mesh if parallel == "fsdp" else None, self.experts, self.pipe):
+            if mesh is not None:
+                limit_waiting(mesh, rank_timeout)
 
     def __str__(self):
         if self.world == 1:
@@ -144,16 +151,16 @@ class Ranks:
             self.pipeline = pipeline.Pipeline(model, self.pipe, schedule, self.device)
             self.pipeline.set_autocast(autocast)
 
-    def shard(self, model, dtype="float32"):
+    def shard(self, model, dtype="float32", reduce_dtype="float32"):
         """FSDP2 over a GPT, in place, still without values (on the meta device, so that it is never whole anywhere).
-        Nothing for the other layouts. dtype: 'bfloat16' gathers the sublayers in bf16."""
+        Nothing for the other layouts. dtype: 'bfloat16' gathers the sublayers in bf16. reduce_dtype: 'bfloat16' sends
+        their gradients in it, and adds up in it those of micro-batches that are not exchanged one by one."""
         if self.parallel != "fsdp":
             return
         # inputs are not cast: the streams have the right dtype, and positions and angles must keep theirs
         wide = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-        narrow = wide
-        if dtype == "bfloat16":
-            narrow = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        gathered = torch.bfloat16 if dtype == "bfloat16" else None
+        narrow = MixedPrecisionPolicy(gathered, getattr(torch, reduce_dtype), cast_forward_inputs=False)
         # FSDP warns that writing into the view which an F returns would cost its hooks: nothing here writes into it
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         if self.experts is not None:
@@ -258,10 +265,11 @@ class Ranks:
         if kind is None or kind is SystemExit and not error.code:
             self.stop()
         elif self.world > 1 and is_about_another_process(error):
-            print(
-                f"error: rank {self.rank}: another process is gone, or did not answer within "
-                f"rank_timeout={self.rank_timeout} s: look for its own error, or raise rank_timeout if it was slow",
-                file=sys.stderr,
+            said = (str(error).strip() or kind.__name__).splitlines()[0]
+            program.end(
+                f"error: rank {self.rank}: another process is gone, or did not answer within rank_timeout="
+                f"{self.rank_timeout} s: look for its own error, or raise rank_timeout if it was slow ({said})",
+                1,
             )
 
 
@@ -270,6 +278,13 @@ def is_about_another_process(error):
     said = str(error)
     words = ("Timed out", "timed out", "Connection closed by peer", "Connection reset by peer", "Broken pipe")
     return isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and any(w in said for w in words)
+
+
+def limit_waiting(mesh, rank_timeout):
+    """The groups that a device mesh makes for its dimensions have torch's own timeout (30 minutes with gloo, 10 with
+    NCCL), whatever init_process_group was told: give them the run's."""
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timedelta(seconds=rank_timeout), group)
 
 
 def groups(model, roots=None):

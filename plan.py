@@ -151,14 +151,14 @@ def memory(model, s, world, block, held=1):
         largest = max(size for size, _ in sizes[:-1])
         # the root stays for the step; of the others, one is used while the next arrives, and one is being reduced
         parts["weights gathered"] = 4 * sizes[-1][0] + 2 * e * largest
-        parts["gradients on their way"] = (e + 4) * max(largest, sizes[-1][0])
-        if s["pipeline_size"] > 1:
-            parts["weights gathered"] = sum(
-                size * (e if narrow else 4) for size, narrow in sizes
-            )  # the stages', all step
+        r = 2 if s["reduce_dtype"] == "bfloat16" else 4
+        parts["gradients on their way"] = max((e + r) * largest, 2 * 4 * sizes[-1][0])
+        if s["pipeline_size"] > 1:  # the stages', all step
+            parts["weights gathered"] = sum(size * (e if narrow else 4) for size, narrow in sizes)
         if micro_batches > 1 and not s["reduce_always"]:
             here = P - sum(p.numel() for p in experts) * (s["expert_size"] - 1) // s["expert_size"]
-            parts["whole gradients between micro-batches (reduce_always=False)"] = 4 * here
+            wide = sum(size for size, narrow in sizes if not narrow)
+            parts["whole gradients between micro-batches (reduce_always=False)"] = r * (here - wide) + 4 * wide
     elif e == 2:
         parts["weights in bf16 (autocast)"] = 2 * sum(size for size, narrow in sizes[1:] if narrow)
     kept, replay = activation_bytes(c, s["recompute"], block, e, [i for i, _ in model.blocks()])
@@ -187,7 +187,8 @@ def communication(model, s, world):
     S = s["shard_size"] or world
     experts = cut_experts(model, s)
     *inner, (root, _) = group_sizes(model, experts)
-    E, P = sum(p.numel() for p in experts), P - sum(p.numel() for p in experts)
+    E, r = sum(p.numel() for p in experts), 2 if s["reduce_dtype"] == "bfloat16" else 4
+    reduced = sum(size * (r if narrow else 4) for size, narrow in inner) + 4 * root
     # once for the forward and once for the backward, which has what a replay of F needs; the root stays in between
     gathered = (2 * sum(size * (e if narrow else 4) for size, narrow in inner) + 4 * root) * micro_batches
     if s["pipeline_size"] > 1:  # a stage stays whole for the step
@@ -195,14 +196,14 @@ def communication(model, s, world):
     share = (S - 1) / S
     moved = {
         "all-gather of weights": int(share * gathered),
-        "reduce-scatter of gradients": int(share * 4 * P * (micro_batches if s["reduce_always"] else 1)),
+        "reduce-scatter of gradients": int(share * reduced * (micro_batches if s["reduce_always"] else 1)),
     }
     if experts:  # the shares of expert_size ranks, each gathered and reduced over the ranks that hold the same
         of_rank, D = E // s["expert_size"], world // s["expert_size"]
         share = (D - 1) / D * micro_batches
         times = 1 if s["pipeline_size"] > 1 else 2 * micro_batches
         moved["all-gather of experts"] = int((D - 1) / D * times * e * of_rank)
-        moved["reduce-scatter of experts"] = int((share if s["reduce_always"] else (D - 1) / D) * 4 * of_rank)
+        moved["reduce-scatter of experts"] = int((share if s["reduce_always"] else (D - 1) / D) * r * of_rank)
         tokens = s["micro_batch_size"] * s["seq_len"] * micro_batches
         ways = 6 if s["recompute"] == "full" else 4  # there and back, forward and backward; and in the replay
         one_way = tokens * c.num_experts_per_tok * c.n_embd * e * (s["expert_size"] - 1) / s["expert_size"]
@@ -213,7 +214,7 @@ def communication(model, s, world):
         moved["streams between stages"] = int(neighbours * tokens * c.n_streams * c.n_embd * e)
     if S < world:
         copies = world // S
-        moved["all-reduce between copies"] = int(2 * (copies - 1) / copies * 4 * P / S)
+        moved["all-reduce between copies"] = int(2 * (copies - 1) / copies * reduced / S)
     return moved
 
 

@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import fields
 
@@ -112,6 +113,9 @@ pipeline_schedule = "dualpipev"  # 'dualpipev' | 'zbv' | '1f1b'
 expert_size = 1  # fsdp: processes that share the routed experts, as a rule those of one node: see expert_parallel.py
 shard_size = 0  # fsdp: processes that share one copy of the weights; 0: all. As a rule those of one node
 reduce_always = False  # reduce gradients after every micro-batch, not the last alone: fsdp then keeps only shards
+reduce_dtype = (
+    "float32"  # fsdp: of gradients on their way; 'bfloat16' halves them, but for the mappings', gates', norms'
+)
 rank_timeout = 600.0  # seconds after which a process that does not answer ends the run
 recompute = "none"  # 'mhc': replay the mappings in the backward (Table 3) | 'full': the sublayers too
 recompute_block = -1  # sublayers between two kept x; -1: L_r* of Eq 20
@@ -150,6 +154,7 @@ RULES = {  # of the model's settings: GPTConfig's
     **dict.fromkeys(("shard_size", "plan_devices"), at_least(0, 10**6)),
     **dict.fromkeys(("expert_size", "pipeline_size"), at_least(1, 10**6)),
     "pipeline_schedule": one_of(*pipeline.SCHEDULES),
+    "reduce_dtype": one_of("float32", "bfloat16"),
     "rank_timeout": above(0, 10**6),
     "recompute": one_of(*recomputation.RECOMPUTE),
     "plan_device": one_of(*plan.MEMORY),
@@ -181,6 +186,8 @@ def check(settings):
     pipeline.check(config, settings, world)
     expert_parallel.check(config, expert_size, world // pipeline_size, parallel, shard_size)
     check_batch(batch_size, micro_batch_size, world // pipeline_size)
+    if reduce_dtype != "float32" and parallel != "fsdp":
+        raise ValueError(f"reduce_dtype={reduce_dtype!r}: only parallel='fsdp' reduces in it; wanted 'float32'")
     if parallel == "ddp" and "RANK" not in os.environ:
         raise ValueError("parallel='ddp': wanted several processes: torchrun --nproc_per_node=2 train.py ...")
     resolve_impl(impl, on)
@@ -265,19 +272,42 @@ def autocast(device):
 # -- one optimizer step ---------------------------------------------------------------------------------------------
 
 
-def forward_backward(net, corpus, step, ranks):
-    """Add up the gradients of the batch of `step`, which is a function of seed and step alone. -> mean loss
+class Batches:
+    """This process's share of the batch of each step, which is a function of seed and step alone: read, and put into
+    pinned memory for a GPU, while the step before it runs, and brought to the device in one copy."""
+
+    def __init__(self, corpus, ranks):
+        self.corpus, self.ranks, self.ahead = corpus, ranks, {}
+        self.pool = ThreadPoolExecutor(1)
+
+    def read(self, step):
+        """(2, A * k, T) on the host: inputs and targets of A micro-batches of k sequences."""
+        ids = order(seed, step * batch_size, batch_size, self.corpus.n_sequences)
+        both = torch.stack(self.corpus.sequences(self.ranks.share(ids, micro_batch_size).ravel()))
+        if self.ranks.device.type != "cuda":
+            return both
+        torch.cuda.set_device(self.ranks.device)  # of this thread: pinning would wake up the first GPU
+        return both.pin_memory()
+
+    def of(self, step):
+        """Inputs and targets of a step, (A * k, T) each, on the device: A micro-batches of k sequences in a row."""
+        both = self.ahead.pop(step).result() if step in self.ahead else self.read(step)
+        if step + 1 < max_steps:
+            self.ahead[step + 1] = self.pool.submit(self.read, step + 1)
+        return both.to(self.ranks.device, non_blocking=True)
+
+
+def forward_backward(net, batches, step, ranks):
+    """Add up the gradients of the batch of `step`. -> mean loss
 
     net: the model as ranks.wrap() gave it. Each process takes its share of the batch, a micro-batch at a time."""
-    ids = order(seed, step * batch_size, batch_size, corpus.n_sequences)
-    micro_batches = ranks.share(ids, micro_batch_size)
+    idx, targets = batches.of(step)
+    micro_batches = list(zip(idx.split(micro_batch_size), targets.split(micro_batch_size), strict=True))
     net.zero_grad()
     if ranks.pipeline:  # its schedule has all micro-batches of the step under way at once
-        idx, targets = (t.to(ranks.device) for t in corpus.sequences(micro_batches.flatten()))
         return ranks.all_sum(ranks.pipeline.step(idx, targets, len(micro_batches))).item() / ranks.parts
     total = torch.zeros((), device=ranks.device)
-    for i, rows in enumerate(micro_batches):
-        idx, targets = (t.to(ranks.device, non_blocking=True) for t in corpus.sequences(rows))
+    for i, (idx, targets) in enumerate(micro_batches):
         ranks.synchronise(net, last=i == len(micro_batches) - 1, every=reduce_always)
         with autocast(ranks.device):
             _, loss = net(idx, targets)
@@ -594,7 +624,7 @@ def train(settings, train_data, val_data, ranks):
     origin, folder = provenance(settings, train_data, val_data), resume_folder()
     changed = checkpoint.same_run(out_dir, folder, origin)
     ranks.build_pipeline(model, pipeline_schedule, lambda: autocast(ranks.device))
-    ranks.shard(model, dtype)
+    ranks.shard(model, dtype, reduce_dtype)
     ranks.initialise(model, None if folder else seed)  # a checkpoint brings all values
     net, optimizer = ranks.wrap(model), make_optimizer(model)
     first, state = begin(folder, model, optimizer, changed, origin)
@@ -605,7 +635,7 @@ def train(settings, train_data, val_data, ranks):
     print(f"{ranks.device.type}, {dtype}, residual {residual}{how}, {size} -> {out_dir}")
     peak_rate = tokens_at_peak(model, ranks)
 
-    step_times = []
+    batches, step_times = Batches(train_data, ranks), []
     with profiler:
         for step in range(first, max_steps + 1):  # `step` steps are done; the last turn evaluates and saves
             stopping, last = stop(), step == max_steps
@@ -623,7 +653,7 @@ def train(settings, train_data, val_data, ranks):
 
             # one step, timed as a whole: the .item() of loss and norm inside wait for the device
             began = time.perf_counter()
-            loss = forward_backward(net, train_data, step, ranks)
+            loss = forward_backward(net, batches, step, ranks)
             norm, load = optimizer_step(model, optimizer, step, loss, ranks)
             step_times.append(time.perf_counter() - began)
 

@@ -6,6 +6,7 @@ import re
 import signal
 import time
 from collections import Counter
+from datetime import timedelta
 
 import pytest
 import torch
@@ -121,7 +122,23 @@ def test_a_rank_that_hangs_ends_the_run(root):
         assert job.processes[0].exitcode not in (None, 0)
         assert job.processes[1].is_alive()
         assert "error: rank 0: another process is gone, or did not answer within rank_timeout=3.0 s" in job.output()
+        assert "Traceback" not in job.output()  # one line is the last word
     assert time.monotonic() - start < 60 and not job.processes[1].is_alive()
+
+
+def test_on_gpus_each_process_is_bound_to_its_own(monkeypatch):
+    """As start() would call torch there: no GPU is touched."""
+    seen = {}
+    for name, value in dict(RANK=5, WORLD_SIZE=8, LOCAL_RANK=1).items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.update(set=device))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **more: seen.update(more, backend=backend))
+    parallel.start("ddp", "cuda", rank_timeout=5)
+    assert seen["device_id"] == torch.device("cuda:1") and seen["set"] == "cuda:1" and "nccl" in seen["backend"]
+    seen.clear()
+    parallel.start("ddp", "cpu", rank_timeout=5)
+    assert "device_id" not in seen and seen["timeout"] == timedelta(seconds=5)
 
 
 # -- inside FSDP ----------------------------------------------------------------------------------------------------
@@ -133,12 +150,12 @@ SMALL = dict(
 )  # fmt: skip
 
 
-def sharded(dtype="float32"):
+def sharded(dtype="float32", reduce_dtype="float32"):
     """A GPT over all processes: its values, its shards, its small object."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**SMALL))
     ranks = parallel.Ranks("fsdp", dist.get_rank(), dist.get_world_size(), torch.device("cpu"), 0, 60)
-    ranks.shard(model, dtype)
+    ranks.shard(model, dtype, reduce_dtype)
     ranks.initialise(model, 7)
     return model, ranks
 
@@ -254,7 +271,44 @@ def check_compiled():
         torch.testing.assert_close(p.grad.full_tensor(), q.grad, msg=name)
 
 
-@pytest.mark.parametrize("check", [check_shards, check_dtypes, check_looks, check_synchronisation, check_compiled])
+def check_reduction():
+    """reduce_dtype='bfloat16' rounds the gradients of the sublayers on their way, and no others."""
+    idx, grads = torch.randint(61, (2, 8)), []
+    for reduce_dtype in ("float32", "bfloat16"):
+        model, _ = sharded(reduce_dtype=reduce_dtype)
+        model(idx, idx)[1].backward()
+        grads.append({name: p.grad.full_tensor() for name, p in model.named_parameters()})
+    for name, exact in grads[0].items():
+        rounded = grads[1][name]
+        error = ((rounded - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+        fp32 = r"mlp\.gate\.|_residual\.|layers\.\d\.(input|post_attention)_layernorm|^norm|^lm_head|^collapse_head"
+        if re.search(fp32, name):
+            assert torch.equal(rounded, exact), name
+        else:
+            assert 1e-4 < error < 1e-2 and rounded.dtype == torch.float32, (name, error)
+
+
+def check_timeouts():
+    """The groups inside a mesh wait as long as rank_timeout says, and not torch's half hour."""
+    for shard_size, expert_size in ((1, 1), (0, 2), (0, 1)):
+        ranks = parallel.Ranks("fsdp", dist.get_rank(), 2, torch.device("cpu"), shard_size, 7, expert_size)
+        meshes = [mesh for mesh in (ranks.mesh, ranks.experts) if mesh is not None]
+        for group in [group for mesh in meshes for group in mesh.get_all_groups()]:
+            assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=7)
+
+
+CHECKS = [
+    check_shards,
+    check_dtypes,
+    check_looks,
+    check_synchronisation,
+    check_compiled,
+    check_reduction,
+    check_timeouts,
+]
+
+
+@pytest.mark.parametrize("check", CHECKS)
 def test_fsdp(check):
     torch.manual_seed(0)
     run_ranks(2, check)

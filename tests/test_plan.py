@@ -22,8 +22,8 @@ SMALL = dict(
 )  # fmt: skip
 LAYOUT = dict(
     dtype="float32", parallel="fsdp", shard_size=0, expert_size=1, pipeline_size=1, pipeline_schedule="dualpipev",
-    reduce_always=False, recompute="none", recompute_block=-1, batch_size=8, micro_batch_size=1, seq_len=32,
-    max_steps=10, plan_devices=8, plan_device="H100", plan_mfu=0.4, lr=1e-3, maps_lr_scale=1.0,
+    reduce_always=False, reduce_dtype="float32", recompute="none", recompute_block=-1, batch_size=8, micro_batch_size=1,
+    seq_len=32, max_steps=10, plan_devices=8, plan_device="H100", plan_mfu=0.4, lr=1e-3, maps_lr_scale=1.0,
 )  # fmt: skip
 
 
@@ -118,16 +118,17 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def count_sent(mode, every, micro_batches, expert_size=1):
+def count_sent(mode, every, micro_batches, expert_size=1, reduce_dtype="float32"):
     """One step of FSDP on each rank, and the plan's figures for it."""
     world = dist.get_world_size()
     with torch.device("meta"):
         model = GPT(GPTConfig(**SMALL))
     s = settings(recompute=mode, reduce_always=every, batch_size=micro_batches * world, expert_size=expert_size)
+    s["reduce_dtype"] = reduce_dtype
     wanted = plan.communication(model, s, world)
     recompute.apply(model, mode)
     ranks = Ranks("fsdp", dist.get_rank(), world, torch.device("cpu"), 0, 60, expert_size)
-    ranks.shard(model)
+    ranks.shard(model, reduce_dtype=reduce_dtype)
     ranks.initialise(model, 0)
     idx = torch.randint(64, (1, 32))
     with Sent(world) as counted:
@@ -144,11 +145,14 @@ def count_sent(mode, every, micro_batches, expert_size=1):
 
 
 @pytest.mark.parametrize(
-    "mode,every,expert_size",
-    [("mhc", False, 1), ("mhc", True, 1), ("full", False, 1), ("mhc", True, 2), ("full", True, 2)],
-)
-def test_communication_is_what_the_collectives_move(mode, every, expert_size):
-    run_ranks(2, count_sent, mode, every, 3, expert_size)
+    "mode,every,expert_size,reduce_dtype",
+    [
+        ("mhc", False, 1, "bfloat16"), ("mhc", True, 1, "float32"), ("full", False, 1, "float32"),
+        ("mhc", True, 2, "bfloat16"), ("full", True, 2, "float32"),
+    ],
+)  # fmt: skip
+def test_communication_is_what_the_collectives_move(mode, every, expert_size, reduce_dtype):
+    run_ranks(2, count_sent, mode, every, 3, expert_size, reduce_dtype)
 
 
 def test_64_gpus_move_less_with_the_experts_shared_in_a_node(capsys):

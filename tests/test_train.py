@@ -16,6 +16,7 @@ import checkpoint
 import mhc
 import program
 import train
+from data import Corpus, DataError
 from names import ELSEWHERE
 from parallel import start
 from tests.ranks import train_in_fork
@@ -124,6 +125,7 @@ MISTAKES = [  # flags; exit code; words
     (["--seed=-1"], 2, "seed=-1"), (["--seed=99999999999999999999"], 2, "seed"), (["--init_std=-1"], 2, "init_std=-1"),
     (["--n_embd=1e5", "--moe_intermediate_size=1e6"], 2, "the run needs about"),
     (["--parallel=ddp"], 2, "parallel='ddp': wanted several processes"), (["--log=wandb"], 2, "pip install wandb"),
+    (["--reduce_dtype=bfloat16"], 2, "command line: reduce_dtype='bfloat16': only parallel='fsdp'"),
     (["--shard_size=2"], 2, "command line: shard_size=2 with parallel='none'"),
     (["--learning_rate=1"], 2, "unknown setting 'learning_rate'; here it is lr"),
     (["--gradient_accumulation_steps=4"], 2, "there is none: batch_size counts all sequences of an optimizer step"),
@@ -188,6 +190,38 @@ def test_mfu_is_the_share_of_the_rate_at_the_peak(capsys, monkeypatch):
     state = {"skipped": 0, "skipped_in_a_row": 0}
     train.report_step(1, 1.0, 1.0, {}, [0.5], 8000.0, SimpleNamespace(write=dict), state)
     assert "2,000 tokens/s  mfu 25.0%" in capsys.readouterr().out
+
+
+def test_batches_are_read_ahead_and_are_those_of_their_step(runs, monkeypatch):
+    for name, value in dict(batch_size=6, micro_batch_size=2, max_steps=5, seed=3).items():
+        monkeypatch.setattr(train, name, value)
+    corpus, ranks, read = Corpus(str(runs / "data"), "train", 32), start(), []
+    batches = train.Batches(corpus, ranks)
+    inner = batches.read
+    monkeypatch.setattr(batches, "read", lambda step: read.append(step) or inner(step))
+    for step in (2, 3, 4):  # as a resumed run would
+        wanted = train.order(3, step * 6, 6, corpus.n_sequences)
+        assert all(map(torch.equal, batches.of(step), corpus.sequences(wanted)))
+    batches.pool.shutdown()
+    assert read == [2, 3, 4]  # each once, and nothing behind the last
+
+    monkeypatch.setattr(batches, "ranks", SimpleNamespace(device=torch.device("cuda:1"), share=ranks.share))
+    pinned, thread = [], []
+    monkeypatch.setattr(torch.cuda, "set_device", thread.append)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t)
+    both = inner(2)
+    assert pinned[0] is both and both.shape == (2, 6, 32) and thread == [torch.device("cuda:1")]
+
+
+def test_a_shard_that_is_altered_ends_the_step_that_wants_it(runs, monkeypatch):
+    corpus = Corpus(str(runs / "data"), "train", 32)
+    batches = train.Batches(corpus, start())
+    batches.of(0)
+    batches.ahead[1].result()
+    corpus.vocab_size = 3  # less than what the shards hold
+    batches.of(1)
+    with pytest.raises(DataError, match="a shard was altered"):
+        batches.of(2)
 
 
 def schedule(monkeypatch, **settings):
