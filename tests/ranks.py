@@ -58,7 +58,7 @@ class Job:
         for process in self.processes:
             process.start()
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=300):
         """Exit codes by rank; negative: the signal."""
         end = time.monotonic() + timeout
         for process in self.processes:
