@@ -9,7 +9,8 @@ out/run is a run folder (its newest whole checkpoint) or one step folder. What c
 settings.py beside it: `python train.py out/mhc/settings.py` trains it further. Weights are fp32 there.
 
 What the other side cannot say is refused by its name, before anything is written; what goes wrong or is interrupted
-leaves nothing behind. A folder that is there is replaced with --overwrite=True only, and only if it is one of ours.
+leaves nothing behind (a kill leaves .made_by_mhc.new.<name>, which the next conversion to that name clears away). A
+folder that is there is replaced with --overwrite=True only, and only if it is one of ours.
 
 Upcycling (`keep_function`): all n streams hold the baseline's x. H_pre sums to 1, H_post is 1 and H_res' rows sum to 1,
 so every sublayer reads x, and every stream gets the same y. Sublayers read their home stream most, so the gradients of
@@ -34,7 +35,6 @@ from dataclasses import fields, replace
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 import checkpoint
 import owned
@@ -440,10 +440,8 @@ def save_weights(folder, tensors):
     of = max(files.values())
     name = {k: f"model-{k:05d}-of-{of:05d}.safetensors" if of > 1 else "model.safetensors" for k in range(1, of + 1)}
     for k in name:
-        path = os.path.join(folder, name[k])
-        save_file({n: t.contiguous() for n, t in tensors.items() if files[n] == k}, path, {"format": "pt"})
-        with open(path, "rb") as f:
-            os.fsync(f.fileno())
+        with owned.whole_file(os.path.join(folder, name[k]), binary=True) as f:
+            checkpoint.write_safetensors(f, {n: t for n, t in tensors.items() if files[n] == k}, {"format": "pt"})
     if of > 1:
         size = sum(t.numel() * t.element_size() for t in tensors.values())
         index = {"metadata": {"total_size": size}, "weight_map": {n: name[k] for n, k in files.items()}}

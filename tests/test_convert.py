@@ -486,7 +486,7 @@ def test_a_folder_that_is_there_is_replaced_only_if_told_and_only_if_ours(run, c
     refused("is a link", "--overwrite=True")
 
 
-@pytest.mark.parametrize("at", ["save_file", "fsync", "rename"])
+@pytest.mark.parametrize("at", ["write_safetensors", "fsync", "rename"])
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_an_interruption_leaves_nothing_and_what_was_there(run, command, tmp_path, monkeypatch, at, error):
     source, target = run(baseline()), tmp_path / "hf"
@@ -502,7 +502,7 @@ def test_an_interruption_leaves_nothing_and_what_was_there(run, command, tmp_pat
             raise error
         rename(a, b)
 
-    home = convert if at == "save_file" else convert.os
+    home = checkpoint if at == "write_safetensors" else os
     with monkeypatch.context() as m, pytest.raises(type(error)):
         m.setattr(home, at, second if at == "rename" else fails)
         command(source, target, "--to=hf", "--overwrite=True")
