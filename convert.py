@@ -51,6 +51,7 @@ residual = ""  # of the model that is written: 'hc' | 'mhc', from a baseline; ""
 n_streams = 4  # with residual: n
 manifold = "sinkhorn"  # with residual='mhc': see manifolds.py
 sinkhorn_iters = 20  # with residual='mhc'
+single_pass = False  # with residual='mhc'
 alpha_init = 0.01  # with residual
 collapse = "sum"  # with residual: 'sum' | 'head'
 seed = 1337  # with residual: of what is drawn
@@ -369,7 +370,7 @@ def keep_function(model):
     for s, boundary in enumerate(model.residuals()):
         if model.config.residual == "mhc":
             H_pre = torch.full((n,), away)
-            H_pre[s % n] = 1 - (n - 1) * away
+            H_pre[(s + model.config.single_pass) % n] = 1 - (n - 1) * away  # the home of the sublayer that it reads for
             boundary.phi[:, : 2 * n] = 0
             boundary.b[:n], boundary.b[n : 2 * n] = H_pre.logit(), 0
         elif model.config.residual != "hc":
@@ -516,7 +517,7 @@ def write_run(weights, config, target, corpus):
     model.load_state_dict(weights)
     if residual:
         changes = {"residual": residual, "n_streams": n_streams, "manifold": manifold, "sinkhorn_iters": sinkhorn_iters}
-        changes |= {"alpha_init": alpha_init, "collapse": collapse, "maps_init": "paper"}
+        changes |= {"alpha_init": alpha_init, "collapse": collapse, "single_pass": single_pass, "maps_init": "paper"}
         try:
             grown = upcycled(weights, replace(config, **changes), seed)
         except ValueError as e:

@@ -370,6 +370,8 @@ GROWN = [
     {"residual": "mhc", "collapse": "head", "n_streams": 2},
     {"residual": "mhc", "n_streams": 3, "manifold": "budget"},
     {"residual": "hc"},
+    {"residual": "mhc", "single_pass": True},
+    {"residual": "mhc", "single_pass": True, "manifold": "orthostochastic", "n_streams": 2},
     *({"residual": "mhc", "manifold": name} for name in MANIFOLDS if name not in ("sinkhorn", "budget")),
 ]
 
@@ -389,7 +391,7 @@ def test_a_grown_model_computes_what_its_baseline_does(changes):
         torch.testing.assert_close(H_post, torch.ones_like(H_post))
 
 
-@pytest.mark.parametrize("changes", GROWN[:4])
+@pytest.mark.parametrize("changes", GROWN[:5])
 def test_after_one_step_its_streams_differ_and_after_20_every_live_map_has_moved(changes):
     _, grown = grow(changes)
     optimizer = torch.optim.AdamW(grown.parameters(), lr=1e-4, eps=1e-20, weight_decay=0)
@@ -452,6 +454,17 @@ def test_only_a_baseline_can_grow(run, command, tmp_path, capsys):
         with pytest.raises(SystemExit):
             command(run(grown), tmp_path / "out", *flags)
         assert words in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_is_refused_before_anything_is_written(run, command, tmp_path, capsys):
+    source = run(baseline())
+    for flags, words in (
+        (["--residual=hc", "--single_pass=True"], "single_pass=True: wanted residual='mhc'"),
+        (["--residual=mhc", "--manifold=permutations", "--n_streams=8"], "n_streams=8: wanted at most 4"),
+    ):
+        with pytest.raises(SystemExit):
+            command(source, tmp_path / "out", *flags)
+        assert words in capsys.readouterr().err and sorted(os.listdir(tmp_path)) == ["run"]
 
 
 # -- folders ----------------------------------------------------------------------------------------------------------

@@ -196,8 +196,8 @@ SMALL = dict(
 )  # fmt: skip
 
 
-def make(manifold, impl="eager"):
-    model = GPT(GPTConfig(**SMALL, manifold=manifold, impl=impl))
+def make(manifold, single_pass=False, impl="eager"):
+    model = GPT(GPTConfig(**SMALL, manifold=manifold, single_pass=single_pass, impl=impl))
     model.init_weights(0)
     return model
 
@@ -214,13 +214,14 @@ def loss_and_gradients(model):
     return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
+@pytest.mark.parametrize("single_pass", [False, True])
 @pytest.mark.parametrize("name", MANIFOLDS)
-def test_a_model_trains_on_every_manifold(name):
+def test_a_model_trains_on_every_manifold(name, single_pass):
     """Parameters, the equations, every live map moves and no dead one does; gains, heat maps, alarms."""
-    model, n, K = make(manifold=name), 4, MANIFOLDS[name].n_logits(4)
+    model, n, K = make(name, single_pass), 4, MANIFOLDS[name].n_logits(4)
     own = sum(p.numel() for r in model.residuals() for p in r.parameters())
     assert own == 4 * (3 + (2 * n + K) * (1 + n * 24))  # alpha, b, phi
-    ref = make(manifold=name, impl="ref")
+    ref = make(name, single_pass, impl="ref")
     for a, b in zip(loss_and_gradients(model), loss_and_gradients(ref), strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-3)
     start = {key: p.detach().clone() for key, p in model.named_parameters()}
@@ -230,8 +231,9 @@ def test_a_model_trains_on_every_manifold(name):
         optimizer.step()
     for s, r in enumerate(model.residuals()):
         path = f"layers.{s // 2}.{'mlp' if s % 2 else 'attn'}_residual."
-        assert r.live[2] == (name != "identity" and 0 < s < 3 or name == "sinkhorn" and s == 3)
-        live = (*r.live[:2], r.live[2] and s < 3)  # Sinkhorn's last one learns what its truncation leaves: nothing here
+        res = name != "identity" and s > 0 and (s < 3 or single_pass)  # a sum comes after the last, or its H_pre
+        assert r.live == (s > 0 or single_pass, True, res or name == "sinkhorn" and s == 3)
+        live = (*r.live[:2], res)  # what its truncation leaves for Sinkhorn's last one to learn is nothing here
         for p, sizes in ((r.alpha, (1, 1, 1)), (r.b, r.sizes), (r.phi, r.sizes)):
             by = (p.detach() - start[path + next(k for k, v in r.named_parameters() if v is p)]).abs().split(sizes, -1)
             assert all((d > 0).all() if acts else (d == 0).all() for d, acts in zip(by, live, strict=True)), (s, by)
@@ -244,21 +246,23 @@ def test_a_model_trains_on_every_manifold(name):
     assert alarms(MHC, res_gradients(model.residuals()), spreads, H_res) == []
 
 
+@pytest.mark.parametrize("single_pass", [False, True])
 @pytest.mark.parametrize("name", MANIFOLDS)
-def test_recomputation_changes_no_bit_on_any_manifold(name):
-    model = make(manifold=name)
+def test_recomputation_changes_no_bit_on_any_manifold(name, single_pass):
+    model = make(name, single_pass)
     wanted = loss_and_gradients(model)
     for mode, block in (("mhc", 1), ("mhc", 3), ("full", 2)):
         recompute.apply(model, mode, block)
         assert all(torch.equal(a, b) for a, b in zip(loss_and_gradients(model), wanted, strict=True)), (mode, block)
 
 
+@pytest.mark.parametrize("single_pass", [False, True])
 @pytest.mark.parametrize("name", MANIFOLDS)
-def test_checkpoints_sampling_and_the_dry_run_know_every_manifold(name, tmp_path, capsys):
-    model = make(manifold=name)
+def test_checkpoints_sampling_and_the_dry_run_know_every_manifold(name, single_pass, tmp_path, capsys):
+    model = make(name, single_pass)
     checkpoint.save(str(tmp_path), 1, model, None, {}, vars(model.config))
     back, _ = checkpoint.load_model(str(tmp_path))
-    assert back.config.manifold == name
+    assert (back.config.manifold, back.config.single_pass) == (name, single_pass)
     prompt = tokens()[0][0, :5].tolist()
     new = generate(back, [prompt], 6, temperature=0)[0]
     for k in range(6):  # by the cache as by the whole model, from the weights as they were
@@ -271,10 +275,11 @@ def test_checkpoints_sampling_and_the_dry_run_know_every_manifold(name, tmp_path
 
 def sharded_equals_whole():
     rank = torch.distributed.get_rank()
-    for name in MANIFOLDS:
-        wanted = loss_and_gradients(make(manifold=name))
+    for k, name in enumerate(MANIFOLDS):
+        whole = make(name, single_pass=k % 2 == 0)
+        wanted = loss_and_gradients(whole)
         with torch.device("meta"):
-            model = GPT(make(name).config)
+            model = GPT(whole.config)
         recompute.apply(model, "mhc", 3)
         ranks = Ranks("fsdp", rank, 2, torch.device("cpu"), 0, 60)
         ranks.shard(model)
