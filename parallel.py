@@ -281,8 +281,8 @@ def is_about_another_process(error):
 
 
 def limit_waiting(mesh, rank_timeout):
-    """The groups that a device mesh makes for its dimensions have torch's own timeout (30 minutes with gloo, 10 with
-    NCCL), whatever init_process_group was told: give them the run's."""
+    """The groups that a device mesh makes for its dimensions have torch's own timeout of 30 minutes, whatever
+    init_process_group was told: give them the run's."""
     for group in mesh.get_all_groups():
         _set_pg_timeout(timedelta(seconds=rank_timeout), group)
 
