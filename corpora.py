@@ -349,8 +349,8 @@ def gunzip(chunks, name):
         for chunk in chunks:
             while chunk:
                 d = zlib.decompressobj(31) if d.eof else d
-                yield d.decompress(chunk)
-                chunk = d.unused_data
+                yield d.decompress(chunk, 1 << 20)  # a kilobyte may stand for a megabyte
+                chunk = d.unconsumed_tail or d.unused_data
     except zlib.error as e:
         raise DataError(f"{name}: damaged gzip file ({e}); run again later") from None
     if not d.eof:

@@ -1,16 +1,19 @@
-"""Score checkpoints on the eight tasks of the paper's Table 4, and on the validation split of a prepared corpus.
+"""Score checkpoints: on the eight tasks of the paper's Table 4, on tasks for small models, on a prepared corpus.
 
-    python prepare_data.py --dataset=eval                                 # the tasks' official files, once
-    python eval.py out/demo/mhc                                           # all tasks, the run's newest checkpoint
+    python prepare_data.py --dataset=eval --tasks=small                   # the tasks' official files, once
+    python eval.py out/demo/mhc                                           # the run's newest checkpoint
     python eval.py out/demo/baseline out/demo/mhc --tasks=loss,piqa       # two runs, compared item by item
     python eval.py out/demo/mhc/step-* --tasks=hellaswag --limit=500      # with a picture of score against step
     torchrun --nproc_per_node=8 eval.py out/mhc_27b --dtype=bfloat16      # the same results on 8 GPUs
     python eval.py out/demo/mhc --lm_eval=arc_easy,winogrande             # any other task, if lm-eval is installed
 
+--tasks=small: loss, hellaswag (0 shots), piqa, blimp, lambada, arc_easy; what a model under 1B active parameters is
+asked if nothing else is said. --tasks=all: loss and the paper's eight, at which such a model is no better than chance.
+
 Results go to <run>/eval/results.json after every task (a run that was cut off goes on where it stopped; --fresh=True
-scores again) and to the terminal, beside the paper's 27B models and the score of random guessing. The tasks and their
-prompts are in evals/tasks.py, what counts as right in evals/metrics.py, the model's side in evals/score.py, the table
-and the comparisons in evals/report.py.
+scores again) and to the terminal, beside the paper's 27B models and the score of random guessing. A task that could not
+be scored is named last, and makes the exit code 1. The inside is evals/: tasks.py (what is asked), rows.py, prompts.py
+(how), metrics.py (what counts as right), score.py, generate.py (the model), measure.py (a task's record), report.py.
 """
 
 import program
@@ -22,7 +25,6 @@ import datetime
 import hashlib
 import importlib.metadata
 import importlib.util
-import math
 import os
 import platform
 import subprocess
@@ -34,20 +36,20 @@ import torch.distributed as dist
 
 from checkpoint import CheckpointError, find, load_model, step_of
 from configurator import at_least, configure, fail, one_of, some
-from data import Corpus, DataError
-from download import read_record
 from evals import report, score
-from evals.metrics import choice_scores
-from evals.tasks import TASKS, TaskError, ask, guess, read_task
+from evals.measure import is_main, measure, read
+from evals.rows import TaskError
+from evals.tasks import GROUPS, TASKS
 from owned import NotOurs, write_json
 from parallel import resolve_device
+from records import Missing, RecordError, anything, boolean, check, each, integer, null_or, number, read_json, text
 from tokenizer import open_encoding
 
-tasks = "all"  # or a list: loss,bbh,drop,gsm8k,hellaswag,math,mmlu,piqa,triviaqa
+tasks = ""  # small, all, or a list such as loss,mmlu; "": small for models under 1B active parameters, all from there
 eval_dir = "data/eval"  # <task>/<split>.jsonl, made by prepare_data.py --dataset=eval
 data_dir = ""  # the prepared corpus for `loss` and the tokenizer; '': the one the checkpoint was trained on
-style = "harness"  # prompts of lm-evaluation-harness, or 'deepseek': of DeepSeek's base models
-shots = -1  # examples in a prompt; -1: each task's own number
+style = "harness"  # prompts of lm-evaluation-harness, or 'deepseek': of DeepSeek's base models, where they differ
+shots = -1  # examples in a prompt, as many as fit whole; -1: each task's own number
 limit = 0  # score only so many rows of each task, taken evenly from its subjects; 0: all
 batch_tokens = 16384  # tokens in a batch at most, padding and shared prefixes counted
 max_length = 0  # context in tokens; 0: what the model was trained on
@@ -55,6 +57,7 @@ device = "auto"  # 'cpu' | 'cuda' | 'mps'
 dtype = "float32"  # or 'bfloat16': autocast outside the mappings
 out_dir = ""  # where results.json goes; '': eval/ in the first checkpoint's run folder
 save_predictions = False  # keep every item's prediction in results.json too
+save_prompts = False  # keep every item's prompt (and choices) in results.json too
 fresh = False  # score again what results.json has already
 resamples = 10000  # of the bootstrap in paired comparisons
 seed = 0  # of the bootstrap; nothing else is random
@@ -69,109 +72,19 @@ RULES = {
     "max_length": at_least(0, 2**24),
     "batch_tokens": at_least(1),
     "resamples": at_least(1, 10**6),
-    **dict.fromkeys(("tasks", "eval_dir"), some("a name")),
+    "eval_dir": some("a name"),
 }
-UNUSED = ("tasks", "style", "eval_dir", "save_predictions", "fresh", "resamples", "seed")  # with --lm_eval=
+UNUSED = (  # with --lm_eval=
+    "tasks", "style", "eval_dir", "save_predictions", "save_prompts", "fresh", "resamples", "seed",
+)  # fmt: skip
 SAME = ("checkpoint", "weights", "task", "style", "shots", "limit", "max_length", "dtype", "files")  # of two records
-NEEDED = (*SAME, "run", "step", "n", "official", "partial", "random", "scores", "metrics")  # of one to be kept
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# One task
-
-
-def read(name, s, settings, config):
-    """What is to be scored, before any model runs: rows, prompts and groups of a task, or the corpus; and its files.
-
-    Raises TaskError.
-    """
-    if name == "loss":
-        try:
-            corpus = Corpus(s["data_dir"] or settings["data_dir"], "val", s["max_length"] or config.seq_len)
-            corpus.verify()
-        except DataError as e:
-            raise TaskError(f"loss: {e}") from e
-        return {"corpus": corpus, "files": {"val": {"sequences": corpus.n_sequences, "sha256": corpus.fingerprint}}}
-    task = TASKS[name]
-    rows, examples, files = read_task(s["eval_dir"], name, s["shots"])
-    rows = first_rows(rows, task.group, s["limit"])
-    style, where = getattr(task, s["style"]), f"{os.path.join(s['eval_dir'], name)} ({', '.join(files)})"
-    prompts = [ask(task, style, row, examples, s["shots"], where) for row in rows]
-    return {"rows": rows, "prompts": prompts, "groups": [row[task.group] if task.group else "" for row in rows],
-            "files": files}  # fmt: skip
-
-
-def first_rows(rows, group, limit):
-    """The first `limit` rows (0: all); of a task with subjects the first ones of each, in turn."""
-    if not limit or not group:
-        return rows[: limit or None]
-    seen, ranks = {}, []
-    for row in rows:
-        ranks.append(seen.setdefault(row[group], 0))
-        seen[row[group]] += 1
-    taken = sorted(range(len(rows)), key=lambda i: ranks[i])[:limit]  # stable: subjects stay in order
-    return [rows[i] for i in sorted(taken)]
-
-
-def score_choices(runner, encoding, task, style, given, s):
-    """-> {metric: [per item]}, the choices' log-probabilities, and how many items did not fit. Raises TaskError."""
-    choices = [style.choices(row) for row in given["rows"]]
-    try:
-        items = [
-            [score.encode_pair(encoding, prompt, style.glue + choice) for choice in texts]
-            for prompt, texts in zip(given["prompts"], choices, strict=True)
-        ]
-    except ValueError as e:
-        raise TaskError(f"{task.title}: {e}; it cannot be scored with this tokenizer") from e
-    scored = score.loglikelihoods(runner, items, given["groups"], s["batch_tokens"], title=task.title)
-    logprobs = [[lp for lp, _ in item] for item in scored]
-    golds = [task.gold(row) for row in given["rows"]]
-    each = [choice_scores(lp, c, gold) for lp, c, gold in zip(logprobs, choices, golds, strict=True)]
-    longest = runner.max_length + 1
-    counts = {
-        "truncated": sum(any(len(c) + len(t) > longest for c, t in item) for item in items),
-        "clipped": sum(any(len(t) >= longest for _, t in item) for item in items),  # not even the choice fits
-    }
-    return {m: [e[m] for e in each] for m in style.metrics}, logprobs, counts
-
-
-def score_texts(runner, encoding, task, style, given, s):
-    """-> {metric: [per item]} (on the first process; empty lists on others), the texts, and how many did not fit."""
-    texts = score.generate(
-        runner, encoding, given["prompts"], given["groups"], style.stops, style.max_new_tokens, s["batch_tokens"],
-        task.title,
-    )  # fmt: skip
-    each = [style.score(text, row) for text, row in zip(texts, given["rows"], strict=True)] if is_main() else []
-    budget = min(style.max_new_tokens, runner.max_length // 2)
-    cut = sum(len(encoding.encode_ordinary(p)) > runner.max_length - budget for p in given["prompts"])
-    return {m: [e[m] for e in each] for m in style.metrics}, texts, {"truncated": cut, "max_new_tokens": budget}
-
-
-def task_record(runner, encoding, name, given, s):
-    """Score one of TASKS -> what results.json keeps of it, but for the checkpoint and the settings."""
-    task = TASKS[name]
-    style, rows = getattr(task, s["style"]), given["rows"]
-    score = score_choices if style.choices else score_texts
-    scores, predictions, counts = score(runner, encoding, task, style, given, s)
-    chance = sum(guess(task, row) for row in rows) / len(rows)
-    record = {
-        "n": len(rows), "official": task.sizes[0], "partial": len(rows) not in task.sizes, **counts,
-        "random": {m: chance for m in scores if style.choices or m == style.metrics[0]}, "scores": scores,
-    }  # fmt: skip
-    return record | ({"predictions": predictions} if s["save_predictions"] else {})
-
-
-def loss_record(runner, given, s):
-    """Score the validation split of a corpus -> as task_record."""
-    corpus = given["corpus"]
-    losses = score.sequence_losses(runner, corpus, s["limit"], s["batch_tokens"], "validation loss")
-    per_byte = 1 / math.log(2) / corpus.bytes_per_token
-    uniform = math.log(runner.config.vocab_size)
-    return {
-        "n": len(losses), "official": corpus.n_sequences, "partial": len(losses) < corpus.n_sequences,
-        "random": {"loss": uniform, "bits_per_byte": uniform * per_byte}, "seq_len": corpus.seq_len,
-        "scores": {"loss": losses, "bits_per_byte": [loss * per_byte for loss in losses]},
-    }  # fmt: skip
+NEEDED = {
+    "checkpoint": text(), "run": text(), "step": integer(0), "weights": text(), "task": text(), "style": text(),
+    "shots": integer(0), "shown": number(0), "limit": integer(0), "max_length": integer(1), "dtype": text(),
+    "files": each(anything), "made_with": each(anything), "n": integer(1), "official": integer(0), "partial": boolean,
+    "random": each(null_or(number())), "scores": each([number()]),
+    "metrics": each({"value": number(), "low": null_or(number()), "high": null_or(number())}),
+}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -209,14 +122,14 @@ def versions():
 
 
 def read_results(path):
-    """The records of an earlier results.json that this version can go on with; what it cannot is scored again."""
-    found = read_record(path)
-    records = found.get("records") if isinstance(found, dict) else None
-    records = records if isinstance(records, list) else []
-    whole = [r for r in records if isinstance(r, dict) and all(k in r for k in NEEDED)]
-    if os.path.exists(path) and (not records or len(whole) < len(records)):
-        say(f"{path}: is damaged or from another version; what it lacks is scored again")
-    return whole
+    """The records of an earlier results.json. A file that is not one ends the program: nothing is written over."""
+    try:
+        records = read_json(path, {"records": [anything]})["records"]
+        return [check(record, NEEDED, path, f"records[{i}]") for i, record in enumerate(records)]
+    except Missing:
+        return []
+    except RecordError as e:
+        fail(f"{e}; it is damaged, from another version or not ours: move it away, or choose another --out_dir=")
 
 
 def keep(path, results, record):
@@ -228,10 +141,6 @@ def keep(path, results, record):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The command
-
-
-def is_main():
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def say(*words):
@@ -252,16 +161,20 @@ def start_processes(device):
     return device
 
 
-def wanted_tasks():
-    names = ["loss", *TASKS] if tasks == "all" else [name.strip() for name in tasks.split(",")]
-    for name in names:
-        if name != "loss" and name not in TASKS:
-            fail(f"tasks: unknown task {name!r}: wanted all, or a list out of loss, {', '.join(TASKS)}")
-    return list(dict.fromkeys(names))
+def wanted_tasks(model=None):
+    """{task: shots, None for its own}. tasks='' depends on the model's size; without a model names are checked only."""
+    small = model is None or model.num_params()["active"] < 10**9
+    wanted = {}
+    for name in (tasks or ("small" if small else "all")).split(","):
+        name = name.strip()
+        if name not in (*GROUPS, "loss", *TASKS):
+            fail(f"tasks: unknown task {name!r}: wanted {', '.join(GROUPS)}, or a list out of loss, {', '.join(TASKS)}")
+        wanted |= GROUPS.get(name, {name: None})
+    return wanted
 
 
-def evaluate(checkpoint, names, path, results, config, where):
-    """Score one checkpoint on the tasks of these names -> its records, why others are missing.
+def evaluate(checkpoint, path, results, config, where):
+    """Score one checkpoint on the tasks wanted -> its records, {what is missing: why}.
 
     Of the records, those already in `results` are kept; every new one is written to `path` at once.
     """
@@ -270,33 +183,48 @@ def evaluate(checkpoint, names, path, results, config, where):
     runner = score.Runner(model, dtype, max_length)
     about = {"checkpoint": checkpoint, "run": run_of(checkpoint), "step": step_of(checkpoint),
              "residual": model.config.residual, "weights": weights_hash(model)}  # fmt: skip
-    records, missing = [], []
-    for name in names:
-        s = config | {"shots": 0 if name == "loss" else TASKS[name].shots if shots < 0 else shots}
+    made_with, records, missing = versions(), [], {}
+    for name, own_shots in wanted_tasks(model).items():
+        s = config | {"shots": shots if shots >= 0 else own_shots}
+        if name == "loss":
+            s["shots"] = 0
+        elif s["shots"] is None:
+            s["shots"] = TASKS[name].shots
         try:
-            given = read(name, s, settings, model.config)
+            given = read(name, s, settings, model.config, encoding)
+            about |= {"task": name, "style": style_of(name), "shots": s["shots"], "limit": limit,
+                      "max_length": runner.max_length, "dtype": dtype, "files": given["files"]}  # fmt: skip
+            if old := already(results["records"], about):
+                say(f"{checkpoint}: {report.title(name)}: kept from {path}")
+                records.append(old)
+                continue
+            start = time.perf_counter()
+            new = measure(runner, encoding, name, given, s)
         except TaskError as e:
-            missing.append(str(e))
+            missing[name] = str(e)
             continue
-        about |= {"task": name, "style": style if name in TASKS else "-", "shots": s["shots"], "limit": limit,
-                  "max_length": runner.max_length, "dtype": dtype, "files": given["files"]}  # fmt: skip
-        old = [r for r in results["records"] if all(about[k] == r[k] for k in SAME)]
-        if old and not fresh and (not save_predictions or "predictions" in old[0] or name == "loss"):
-            say(f"{checkpoint}: {report.title(name)}: kept from {path}")
-            records += old
-            continue
-        start = time.perf_counter()
-        try:
-            new = loss_record(runner, given, s) if name == "loss" else task_record(runner, encoding, name, given, s)
-        except TaskError as e:
-            missing.append(str(e))
-            continue
+        except FloatingPointError as e:
+            return records, missing | {checkpoint: f"{checkpoint}: {report.title(name)}: {e}"}
         if is_main():
-            metrics = {m: report.mean_and_error(v) for m, v in new["scores"].items()}
-            new["metrics"] = {m: {"value": value, "se": se} for m, (value, se) in metrics.items()}
-            records.append(about | {"seconds": time.perf_counter() - start} | new)
+            records.append(about | {"seconds": time.perf_counter() - start, "made_with": made_with} | new)
             keep(path, results, records[-1])
     return records, missing
+
+
+def style_of(name):
+    """The prompts that a task is asked with: 'harness' too where DeepSeek has none of its own; '-' for the loss."""
+    return "-" if name == "loss" else "deepseek" if style == "deepseek" and TASKS[name].deepseek else "harness"
+
+
+def already(records, about):
+    """The record of the same weights, task and settings, if there is one that holds what is wanted; else None."""
+    wanted = {"predictions": save_predictions, "prompts": save_prompts}
+    for r in records if not fresh else ():
+        if all(about[k] == r[k] for k in SAME) and (
+            about["task"] == "loss" or all(k in r for k, asked in wanted.items() if asked)
+        ):
+            return r
+    return None
 
 
 def main():
@@ -309,6 +237,7 @@ def main():
         fail(f"--lm_eval= does not use {', '.join(unused)}: lm-evaluation-harness has tasks and prompts of its own")
     if lm_eval and not importlib.util.find_spec("lm_eval"):
         fail("--lm_eval= needs lm-evaluation-harness: pip install lm-eval==0.4.13")
+    wanted_tasks()
     where = start_processes(device)
     try:
         checkpoints = list(dict.fromkeys(os.path.relpath(find(c)) for c in checkpoints))
@@ -323,45 +252,40 @@ def main():
         from evals import harness  # here, because lm-eval is no dependency
 
         return harness.run(checkpoints, lm_eval.split(","), config | {"device": where}, folder, is_main())
-    names, path = wanted_tasks(), os.path.join(folder, "results.json")
-    results = {"versions": versions(), "command": " ".join(sys.argv)}
-    results["records"] = read_results(path)
-    records, missing = [], []
+    path = os.path.join(folder, "results.json")
+    results = {"command": " ".join(sys.argv), "records": read_results(path)}
+    records, missing = [], {}
     for checkpoint in checkpoints:
-        new, lacking = evaluate(checkpoint, names, path, results, config, where)
+        new, lacking = evaluate(checkpoint, path, results, config, where)
         records += new
-        missing += lacking
+        missing |= lacking
     if is_main():
-        conclude(records, missing, path, results)
-        if not records:
-            fail("nothing could be scored")
+        conclude(records, path, results)
+        for why in missing.values():
+            print(f"missing: {why}")
     if dist.is_initialized():
         dist.destroy_process_group()
+    if missing:
+        raise TaskError(f"not scored: {', '.join(missing)} (see above)")
 
 
-def conclude(records, missing, path, results):
-    """Print the table, the comparisons and what is missing; draw the picture."""
-    names = {r["checkpoint"]: f"{os.path.basename(r['run'])} {r['step']}" for r in records}
-    if records:
-        print(f"\nprompts: {style}; per cent ± standard error; the paper's are 27B models after 262B tokens\n")
-        print(*report.table(records, names), sep="\n")
-        pairs, unlike = report.comparisons(records, seed, resamples) if len(names) > 1 else ([], [])
-        results["comparisons"] = pairs
-        write_json(path, results)
+def conclude(records, path, results):
+    """Print the table, what is to be said of it, and the comparisons; draw the picture."""
+    if not records:
+        return
+    names = report.checkpoint_names(records)
+    print("", *report.table(records, names), "", *report.notes(records, names), sep="\n")
+    pairs, unlike = report.comparisons(records, seed, resamples) if len(names) > 1 else ([], [])
+    results["comparisons"] = pairs
+    write_json(path, results)
+    if pairs or unlike:
         print("", *report.comparison_lines(pairs, names), *unlike, sep="\n")
-        if len({r["step"] for r in records}) > 1:
-            drawn = os.path.join(os.path.dirname(path), "score_vs_step.png")
-            report.picture(records, drawn)
-            print(f"picture: {drawn}")
-        for key, what in (("truncated", "prompts cut on the left"), ("clipped", "choices alone too long, cut too,")):
-            if cut := [f"{names[r['checkpoint']]}: {report.title(r['task'])} {r[key]} of {r['n']}"
-                       for r in records if r.get(key)]:  # fmt: skip
-                longest = report.joined(str(r["max_length"]) for r in records)
-                print(f"{what} to fit {longest} tokens: {'; '.join(cut)}")
-        print(f"results: {path}")
-    for why in dict.fromkeys(missing):
-        print(f"missing: {why}")
+    if len({r["step"] for r in records}) > 1:
+        drawn = os.path.join(os.path.dirname(path), "score_vs_step.png")
+        report.picture(records, drawn)
+        print(f"picture: {drawn}")
+    print(f"results: {path}")
 
 
 if __name__ == "__main__":
-    program.run(main, CheckpointError, NotOurs)
+    program.run(main, CheckpointError, TaskError, NotOurs)

@@ -30,7 +30,7 @@ from configurator import above, between, configure, fail, some
 from corpora import parts, text_sha256
 from data import DataError, ends_sha256, read_meta, sha256_file, shard_header, token_dtype
 from download import DownloadError
-from evals.fetch import TASKS, prepare_eval
+from evals.fetch import prepare_eval
 from owned import NotOurs, sync_folder, write_json
 from records import Missing, RecordError, anything, each, integer, number, read_json, sha256, string
 from tokenizer import make_tokenizer, read_tokenizer, save_tokenizer, token_lengths
@@ -52,7 +52,7 @@ workers = -1  # threads that tokenise; -1: one for each core
 text_key = "text"  # the field of a .jsonl row that holds the document
 mirror = ""  # fetch https://host/path from <mirror>/host/path instead
 eval_dir = ""  # where dataset=eval puts the tasks; "": <data_root>/eval
-tasks = "all"  # for dataset=eval: names separated by commas
+tasks = "all"  # for dataset=eval: all, small, or names separated by commas
 
 DEFAULTS = dict(globals())  # before configure() changes them
 EVAL_ONLY = ["tasks", "eval_dir"]
@@ -440,11 +440,10 @@ def main(s):
     """The command: exit code 0, 1 after an error, 2 if what is in the way is not ours (one line), 130 after Ctrl-C."""
     try:
         if s["dataset"] == "eval":
-            names = list(TASKS) if s["tasks"] == "all" else s["tasks"].split(",")
             prepare_eval(
                 s["eval_dir"] or os.path.join(s["data_root"], "eval"),
                 os.path.join(s["data_root"], "download"),
-                names,
+                s["tasks"].split(","),
                 s["mirror"],
             )
         else:

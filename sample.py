@@ -33,7 +33,8 @@ import torch
 
 from checkpoint import CheckpointError, load_model
 from configurator import above, at_least, between, configure, fail, one_of
-from evals.score import Runner, Vocabulary, continue_rows
+from evals.generate import Vocabulary, continue_rows
+from evals.score import NOT_NUMBERS, Runner
 from names import SAMPLE
 from parallel import resolve_device
 from tokenizer import ENDOFTEXT, encode, open_encoding
@@ -123,7 +124,7 @@ def generate(
 
     def pick(logits, rows):
         if logits.isnan().any():
-            raise FloatingPointError("the model's logits are not numbers; take a checkpoint from before it diverged")
+            raise FloatingPointError(NOT_NUMBERS)
         if forbidden is not None:
             logits = logits.masked_fill(forbidden, -torch.inf)
         return draw(logits, temperature, top_k, top_p, [generators[i] for i in rows])

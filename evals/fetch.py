@@ -1,21 +1,25 @@
-"""The official files of the eight tasks, converted to what eval.py reads: <eval_dir>/<task>/<split>.jsonl.
+"""The official files of every task, converted to what eval.py reads: <eval_dir>/<task>/<split>.jsonl.
 
     python prepare_data.py --dataset=eval                      # all of them, into data/eval
-    python prepare_data.py --dataset=eval --tasks=gsm8k,mmlu
+    python prepare_data.py --dataset=eval --tasks=small        # those for small models; or all, or a list: gsm8k,mmlu
 
 Rows keep the official fields; where the official form is not rows (a tar of tables, nested JSON, labels in a second
 file), the fields are those under which the set is commonly published:
 
+    arc_easy   test {id, question {stem, choices}, answerKey}                         rows in a zip of 680 MB
     bbh        test {task, index, input, target}; cot_prompts {task, prompt}          JSON and text files, raw GitHub
+    blimp      test {sentence_good, sentence_bad, UID, ...}                           67 files of rows, raw GitHub
     drop       train, dev {section_id, passage, question, answer, query_id, validated_answers}        nested JSON, zip
     gsm8k      train, test {question, answer}                                                      as it is, raw GitHub
     hellaswag  train, val {ind, activity_label, ctx_a, ctx_b, ctx, endings, label, ...}            as it is, raw GitHub
+    lambada    test {text}                                                            as it is
     math       test {problem, answer}: 500 of the 5000 problems (MATH-500), since the official archive was taken down;
                fewshot {problem, solution}: Minerva's four examples, read from lm-evaluation-harness' source
     mmlu       dev, test {subject, question, choices, answer}                                      CSV tables, tar
     piqa       valid {goal, sol1, sol2, label}                                        rows and labels, raw GitHub
     triviaqa   train, validation {question, question_id, question_source, answer {...}}: unfiltered   JSON, tar.gz
 
+No more of a file is read, and no more of it held, than an official one could need; whatever else it holds is one line.
 <task>/sources.json names the downloads, their sha256, and the rows of each split. Files put there by hand are kept.
 """
 
@@ -35,9 +39,23 @@ from data import DataError, sha256_file
 from download import DownloadError, download
 from evals import tasks
 from owned import NotOurs, check_file, sync_folder, whole_file, write_json
-from records import Missing, RecordError, anything, boolean, each, integer, read_json
+from records import (
+    FILE_LIMIT,
+    LINE_LIMIT,
+    Missing,
+    RecordError,
+    anything,
+    boolean,
+    each,
+    integer,
+    parse,
+    read_bytes,
+    read_json,
+    read_lines,
+)
 from records import sha256 as hash_rule
 
+ARC = "https://ai2-public-datasets.s3.amazonaws.com/arc/ARC-V1-Feb2018.zip"
 RAW = "https://raw.githubusercontent.com"
 BLOB = "https://openaipublic.blob.core.windows.net/simple-evals"
 BBH = f"{RAW}/suzgunmirac/BIG-Bench-Hard/main"
@@ -47,17 +65,50 @@ BBH_TASKS = """boolean_expressions causal_judgement date_understanding disambigu
     penguins_in_a_table reasoning_about_colored_objects ruin_names salient_translation_error_detection snarks
     sports_understanding temporal_sequences tracking_shuffled_objects_five_objects
     tracking_shuffled_objects_seven_objects tracking_shuffled_objects_three_objects web_of_lies word_sorting""".split()
+BLIMP = f"{RAW}/alexwarstadt/blimp/master/data/{{name}}.jsonl"
+BLIMP_FILES = """adjunct_island anaphor_gender_agreement anaphor_number_agreement animate_subject_passive
+    animate_subject_trans causative complex_NP_island
+    coordinate_structure_constraint_complex_left_branch
+    coordinate_structure_constraint_object_extraction determiner_noun_agreement_1
+    determiner_noun_agreement_2 determiner_noun_agreement_irregular_1
+    determiner_noun_agreement_irregular_2 determiner_noun_agreement_with_adj_2
+    determiner_noun_agreement_with_adj_irregular_1 determiner_noun_agreement_with_adj_irregular_2
+    determiner_noun_agreement_with_adjective_1 distractor_agreement_relational_noun
+    distractor_agreement_relative_clause drop_argument ellipsis_n_bar_1 ellipsis_n_bar_2
+    existential_there_object_raising existential_there_quantifiers_1 existential_there_quantifiers_2
+    existential_there_subject_raising expletive_it_object_raising inchoative intransitive
+    irregular_past_participle_adjectives irregular_past_participle_verbs
+    irregular_plural_subject_verb_agreement_1 irregular_plural_subject_verb_agreement_2
+    left_branch_island_echo_question left_branch_island_simple_question
+    matrix_question_npi_licensor_present npi_present_1 npi_present_2 only_npi_licensor_present
+    only_npi_scope passive_1 passive_2 principle_A_c_command principle_A_case_1 principle_A_case_2
+    principle_A_domain_1 principle_A_domain_2 principle_A_domain_3 principle_A_reconstruction
+    regular_plural_subject_verb_agreement_1 regular_plural_subject_verb_agreement_2
+    sentential_negation_npi_licensor_present sentential_negation_npi_scope sentential_subject_island
+    superlative_quantifiers_1 superlative_quantifiers_2 tough_vs_raising_1 tough_vs_raising_2 transitive
+    wh_island wh_questions_object_gap wh_questions_subject_gap wh_questions_subject_gap_long_distance
+    wh_vs_that_no_gap wh_vs_that_no_gap_long_distance wh_vs_that_with_gap
+    wh_vs_that_with_gap_long_distance""".split()
 DROP = "https://s3-us-west-2.amazonaws.com/allennlp/datasets/drop/drop_dataset.zip"
 GSM8K = f"{RAW}/openai/grade-school-math/master/grade_school_math/data/{{split}}.jsonl"
 HELLASWAG = f"{RAW}/rowanz/hellaswag/master/data/hellaswag_{{split}}.jsonl"
+LAMBADA = "https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl"
 MATH = f"{BLOB}/math_500_test.csv"
 MINERVA = f"{RAW}/EleutherAI/lm-evaluation-harness/v0.4.9/lm_eval/tasks/minerva_math/utils.py"
 MMLU = "https://people.eecs.berkeley.edu/~hendrycks/data.tar"
 PIQA = f"{RAW}/ybisk/ybisk.github.io/master/piqa/data"
 TRIVIAQA = "https://nlp.cs.washington.edu/triviaqa/data/triviaqa-unfiltered.tar.gz"
+MEMBER_LIMIT = 16 << 30  # bytes of an archive's largest member; TriviaQA's is about 3 GB
 
 # ----------------------------------------------------------------------------------------------------------------------
 # One function a task: fetch(url) gives a local file; yields (split, rows), each to be used before the next
+
+
+def arc_easy(fetch):
+    with zipfile.ZipFile(fetch(ARC)) as archive:
+        name = [n for n in archive.namelist() if re.search(r"^(?!__MACOSX).*/ARC-Easy-Test\.jsonl$", n)][0]
+        with archive.open(name) as f:
+            yield "test", lines_of(f, name)
 
 
 def bbh(fetch):
@@ -69,7 +120,7 @@ def bbh(fetch):
 
 
 def bbh_rows(task, path):
-    for index, row in enumerate(json.loads(read_text(path))["examples"]):
+    for index, row in enumerate(read_json(path)["examples"]):
         yield {"task": task, "index": index, "input": row["input"], "target": row["target"]}
 
 
@@ -78,10 +129,17 @@ def bbh_prompt(text):
     return text.split("\n-----\n", 1)[-1].strip("\n")
 
 
+def blimp(fetch):
+    yield "test", (row for name in BLIMP_FILES for row in read_lines(fetch(BLIMP.format(name=name))))
+
+
 def drop(fetch):
     with zipfile.ZipFile(fetch(DROP)) as archive:
         for split in ("train", "dev"):
-            sections = json.loads(archive.read(f"drop_dataset/drop_dataset_{split}.json"))
+            name = f"drop_dataset/drop_dataset_{split}.json"
+            if archive.getinfo(name).file_size > FILE_LIMIT:
+                raise ValueError(f"{name}: larger than {FILE_LIMIT} bytes")
+            sections = parse(archive.read(name), anything, name)
             yield split, (row for section, content in sections.items() for row in drop_rows(section, content))
 
 
@@ -99,17 +157,21 @@ def drop_rows(section, content):
 
 def gsm8k(fetch):
     for split in ("train", "test"):
-        yield split, json_lines(fetch(GSM8K.format(split=split)))
+        yield split, read_lines(fetch(GSM8K.format(split=split)))
 
 
 def hellaswag(fetch):
     for split in ("train", "val"):
-        yield split, json_lines(fetch(HELLASWAG.format(split=split)))
+        yield split, read_lines(fetch(HELLASWAG.format(split=split)))
+
+
+def lambada(fetch):
+    yield "test", read_lines(fetch(LAMBADA))
 
 
 def math(fetch):
-    with open(fetch(MATH), encoding="utf-8", newline="") as f:
-        yield "test", ({"problem": row["Question"], "answer": row["Answer"]} for row in csv.DictReader(f))
+    table = csv.DictReader(io.StringIO(read_text(fetch(MATH)), newline=""))
+    yield "test", ({"problem": row["Question"], "answer": row["Answer"]} for row in table)
     yield "fewshot", minerva_examples(read_text(fetch(MINERVA)))
 
 
@@ -121,12 +183,13 @@ def minerva_examples(source):
 
 
 def mmlu(fetch):
-    with tarfile.open(fetch(MMLU)) as archive:
+    with tarfile.open(fetch(MMLU), "r:") as archive:
         for split in ("dev", "test"):
             found = {
                 match[1]: member
                 for member in archive.getmembers()
                 if (match := re.fullmatch(rf"(?:\./)?data/{split}/(\w+)_{split}\.csv", member.name))
+                and member.size <= LINE_LIMIT
             }
             yield (
                 split,
@@ -147,7 +210,7 @@ def mmlu_rows(subject, file):
 
 def piqa(fetch):
     labels = read_text(fetch(f"{PIQA}/valid-labels.lst")).split()
-    rows = list(json_lines(fetch(f"{PIQA}/valid.jsonl")))
+    rows = list(read_lines(fetch(f"{PIQA}/valid.jsonl")))
     yield (
         "valid",
         (
@@ -161,6 +224,8 @@ def triviaqa(fetch):
     names = {"train": "train", "dev": "validation"}
     with tarfile.open(fetch(TRIVIAQA), "r|gz") as archive:  # read once from the front: it is large
         for member in archive:
+            if member.size > MEMBER_LIMIT:
+                raise ValueError(f"{member.name}: larger than {MEMBER_LIMIT} bytes")
             if match := re.search(r"unfiltered-web-(train|dev)\.json$", member.name):
                 file = archive.extractfile(member)
                 text = codecs.iterdecode(iter(lambda file=file: file.read(1 << 20), b""), "utf-8")
@@ -174,43 +239,55 @@ def triviaqa_row(item):
     return row | {"answer": {snake[k]: v for k, v in item["Answer"].items()}}
 
 
-TASKS = {f.__name__: f for f in (bbh, drop, gsm8k, hellaswag, math, mmlu, piqa, triviaqa)}
+TASKS = {f.__name__: f for f in (arc_easy, bbh, blimp, drop, gsm8k, hellaswag, lambada, math, mmlu, piqa, triviaqa)}
+GROUPS = {"all": list(TASKS), "small": [name for name in tasks.SMALL if name != "loss"]}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Reading
 
+SEPARATORS = re.compile(r"[\s,]*")
+
 
 def read_text(path):
-    with open(path, encoding="utf-8") as f:
-        return f.read()
+    return read_bytes(path).decode()
 
 
-def json_lines(path):
-    with open(path, encoding="utf-8") as f:
-        for line in f:
-            if line.strip():
-                yield json.loads(line)
+def lines_of(f, name):
+    """The rows of an open file of JSON lines."""
+    while line := f.readline(LINE_LIMIT + 1):
+        if len(line) > LINE_LIMIT:
+            raise ValueError(f"{name}: a line of more than {LINE_LIMIT} bytes")
+        if line.strip():
+            yield parse(line, anything, name)
 
 
 def items(chunks, key):
-    """The members of the list {"key": [...]} of a JSON text that comes in chunks, too large to be held, one by one."""
+    """The members of the list {"key": [...]} of a JSON text that comes in chunks, too large to be held, one by one.
+
+    ValueError for a member (or what stands before the first) of more than LINE_LIMIT characters.
+    """
     decode, text, chunks = json.JSONDecoder().raw_decode, "", iter(chunks)
+
+    def more(kept):
+        if len(kept) > LINE_LIMIT or not (chunk := next(chunks, "")):
+            raise ValueError(f"no whole item of {key!r} within {LINE_LIMIT} characters, or truncated")
+        return kept + chunk
+
     while not (start := re.search(rf'"{key}"\s*:\s*\[', text)):
-        if not (chunk := next(chunks, "")):
-            raise ValueError(f"no list {key!r} in it")
-        text += chunk
-    at = start.end()
-    while True:
-        at = re.compile(r"[\s,]*").match(text, at).end()
+        text = more(text)
+    at, blanks = start.end(), 0
+    while blanks <= LINE_LIMIT:
+        at = SEPARATORS.match(text, at).end()
         if text[at : at + 1] == "]":
             return
         try:
             item, at = decode(text, at)
             yield item
+            blanks = -at
         except json.JSONDecodeError:  # the item goes on in the next chunk, or the file is truncated
-            if not (chunk := next(chunks, "")):
-                raise
-            text, at = text[at:] + chunk, 0
+            blanks += at
+            text, at = more(text[at:]), 0
+    raise ValueError(f"more than {LINE_LIMIT} blanks between items of {key!r}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -222,14 +299,18 @@ SOURCES = {  # sources.json: by it a task's files are known for ours
 }  # fmt: skip
 
 
-def prepare_eval(eval_dir, download_dir, tasks, mirror=""):
-    """Fetch and convert the tasks (a list of names). Raises DataError naming those that failed, after trying all;
-    NotOurs if one of them because of a file that is not ours."""
-    unknown = [name for name in tasks if name not in TASKS]
+def prepare_eval(eval_dir, download_dir, names, mirror=""):
+    """Fetch and convert the tasks of these names (all, small: several).
+
+    Raises DataError naming those that failed, after trying all; NotOurs if one of them because of a file that is not
+    ours.
+    """
+    unknown = [name for name in names if name not in (*TASKS, *GROUPS)]
     if unknown:
-        raise DataError(f"unknown task {', '.join(unknown)}: wanted {', '.join(TASKS)} or all")
+        raise DataError(f"unknown task {', '.join(unknown)}: wanted {', '.join(TASKS)}, or {', '.join(GROUPS)}")
+    names = dict.fromkeys(n for name in names for n in GROUPS.get(name, [name]))
     failed, refused = [], False
-    for name in tasks:
+    for name in names:
         try:
             prepare_task(os.path.join(eval_dir, name), download_dir, name, mirror)
         except (DataError, DownloadError, NotOurs, OSError) as e:
@@ -291,7 +372,9 @@ def prepare_task(folder, download_dir, name, mirror):
         SyntaxError,
         tarfile.TarError,
         zipfile.BadZipFile,
+        RecursionError,
         zlib.error,
+        csv.Error,
     ) as e:
         reason = " ".join(f"{type(e).__name__}: {e}".split())
         raise DataError(f"{sources[-1]['url']}: not in the form it was published in ({reason})") from e

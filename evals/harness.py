@@ -13,6 +13,7 @@ From Python, importing this file registers the model 'mhc':
 lm-eval asks with texts; what it gets comes from evals/score.py, with shared prefixes and on all processes of torchrun.
 """
 
+import logging
 import os
 
 import lm_eval
@@ -25,7 +26,10 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_
 from checkpoint import load_model
 from configurator import fail
 from evals import score
+from evals.generate import generate
+from evals.rows import TaskError
 from owned import write_json
+from records import RecordError, anything, each, read_json
 from tokenizer import load_tokenizer
 
 
@@ -93,29 +97,58 @@ class Checkpoint(TemplateLM):
         for (stops, budget), mine in kinds.items():
             prompts, groups = [requests[i].args[0] for i in mine], [requests[i].task_name for i in mine]
             title = "" if disable_tqdm else "lm-eval: generation"
-            found = score.generate(
+            found = generate(
                 self.runner, self.encoding, prompts, groups, [s for s in stops if s], budget, self.batch_tokens, title
             )
             texts.update(zip(mine, found, strict=True))
         return [texts[i] for i in range(len(requests))]
 
 
+class Tasks(TaskManager):
+    """lm-eval's tasks, which fetch their data from the Hugging Face Hub as they are loaded."""
+
+    def load(self, names):
+        try:
+            return super().load(names)
+        except Exception as e:  # a network, a hub, a package that a task needs: whatever it raises, it is not here
+            why = " ".join(f"{type(e).__name__}: {e}".split())[:300]
+            raise TaskError(
+                f"lm_eval: {', '.join(names)} could not be loaded ({why}); lm-eval fetches its tasks' data from the "
+                f"Hugging Face Hub, or takes them from its cache with HF_DATASETS_OFFLINE=1"
+            ) from None
+
+
+def is_ours(path):
+    """Whether a file is an earlier lm_eval.json; another may not be overwritten."""
+    try:
+        return "lm_eval" in read_json(path, each(anything))
+    except RecordError:
+        return False
+
+
 def run(checkpoints, tasks, s, out_dir, main):
-    """eval.py's --lm_eval: run these tasks on every checkpoint; tables to the terminal, results to lm_eval.json."""
-    manager, found = TaskManager(), {}
+    """eval.py's --lm_eval: run these tasks on every checkpoint; tables to the terminal, results to lm_eval.json.
+
+    Raises TaskError if a task cannot be loaded, or a model's output is not a number.
+    """
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every retry
+    manager, found = Tasks(), {}
     if unknown := [task for task in tasks if not manager.match_tasks([task])]:
         fail(f"lm_eval: lm-evaluation-harness has no task {', '.join(map(repr, unknown))}; lm-eval ls tasks lists all")
     for checkpoint in checkpoints:
         keys = ("device", "dtype", "batch_tokens", "max_length", "data_dir")
         model = Checkpoint(checkpoint, **{k: s[k] for k in keys})
-        results = lm_eval.simple_evaluate(
-            model=model, tasks=tasks, limit=s["limit"] or None, num_fewshot=None if s["shots"] < 0 else s["shots"],
-            task_manager=manager, log_samples=False, bootstrap_iters=0,
-        )  # fmt: skip
+        try:
+            results = lm_eval.simple_evaluate(
+                model=model, tasks=tasks, limit=s["limit"] or None, num_fewshot=None if s["shots"] < 0 else s["shots"],
+                task_manager=manager, log_samples=False, bootstrap_iters=0,
+            )  # fmt: skip
+        except FloatingPointError as e:
+            raise TaskError(f"{checkpoint}: {e}") from e
         found[checkpoint] = {k: results[k] for k in ("results", "versions", "n-shot", "n-samples")}
         if main:
             print(f"{checkpoint}, lm-evaluation-harness {lm_eval.__version__}\n{make_table(results)}")
     if main:
         path = os.path.join(out_dir, "lm_eval.json")
-        write_json(path, {"lm_eval": lm_eval.__version__, "checkpoints": found})
+        write_json(path, {"lm_eval": lm_eval.__version__, "checkpoints": found}, ours=is_ours)
         print(f"results: {path}")

@@ -1,23 +1,24 @@
-"""What the eight tasks count as right: extraction and metrics, written from their definitions. Text in, numbers out.
+"""What the tasks count as right: extraction and metrics, written from their definitions. Text in, numbers out.
 
     choices      acc, acc_norm                        argmax of the log-probability, whole and per character
+    LAMBADA      acc, perplexity                      the last word: whether greedy says it, its log-probability
     GSM8K        strict, flexible                     the number behind '####', or the last number of all
     BBH          em                                   what follows 'the answer is'
     TriviaQA     em                                   any alias, after the official (or the harness') normalisation
-    MATH         em                                   Minerva's normal form (Lewkowycz et al. 2022, app. D), then sympy
     DROP         em, f1                               bags of words, aligned one to one (Dua et al. 2019)
+    MATH                                              see evals/math_answer.py
 
 "harness" is lm-evaluation-harness 0.4.13, whose numbers these reproduce digit by digit, oddities included; an oddity
-that costs a model points is named where it stands. MATH needs antlr4-python3-runtime 4.11 (sympy's LaTeX parser).
+that costs a model points is named where it stands. Generated text is arbitrary: of each no more than MAX_TEXT
+characters are looked at.
 """
 
-import contextlib
 import re
-import signal
 import string
 
 import numpy as np
 
+MAX_TEXT = 10_000  # characters; 1024 tokens of English are about 5,000
 INVALID = "[invalid]"  # what an extraction gives when it finds nothing: equal to no answer
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
@@ -31,13 +32,23 @@ def argmax(values):
     return max(range(len(values)), key=lambda i: values[i])
 
 
-def choice_scores(logprobs, choices, gold):
-    """Summed log-probabilities of each choice's text -> acc and acc_norm, 0.0 or 1.0.
+def choice_scores(scored, choices, gold):
+    """(summed log-probability, greedy) of each choice's text -> acc and acc_norm, 0.0 or 1.0.
 
     acc_norm divides by the characters of the choice (not tokens, not bytes, and not the space in front of it).
     """
+    logprobs = [lp for lp, _ in scored]
     per_character = [lp / max(1, len(c)) for lp, c in zip(logprobs, choices, strict=True)]
     return {"acc": float(argmax(logprobs) == gold), "acc_norm": float(argmax(per_character) == gold)}
+
+
+def last_word_scores(scored, choices, gold):
+    """LAMBADA: whether greedy decoding says the one text there is, and its negative log-probability in nats.
+
+    The perplexity of the task is exp of the mean of the latter (report.py).
+    """
+    ((logprob, greedy),) = scored
+    return {"acc": float(greedy), "perplexity": -logprob}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -46,7 +57,7 @@ def choice_scores(logprobs, choices, gold):
 
 def find(pattern, text, which=0):
     """The first (which=0) or last (-1) match of pattern; of several groups the first that caught anything; stripped."""
-    found = re.findall(pattern, text)
+    found = re.findall(pattern, text[:MAX_TEXT])
     if not found:
         return INVALID
     groups = found[which] if isinstance(found[which], tuple) else (found[which],)
@@ -59,8 +70,8 @@ GSM8K_FLEXIBLE = r"(-?[$0-9.,]{2,})|(-?[0-9]+)"
 
 def gsm8k_number(text):
     """An answer as the harness compares it: no ',' or '$', nothing before '#### ', no final '.', lower case."""
-    text = text.replace(",", "").replace("$", "")
-    text = re.sub(r"(?s).*#### ", "", text)
+    text = text[:MAX_TEXT].replace(",", "").replace("$", "")
+    text = text.rpartition("#### ")[2]
     return re.sub(r"\.$", "", text).lower()
 
 
@@ -94,7 +105,7 @@ def triviaqa_normalize(text):
 
 def triviaqa_em(text, aliases):
     """Official exact match: 1.0 if the normalised text is any normalised alias."""
-    return float(triviaqa_normalize(text) in {triviaqa_normalize(a) for a in aliases})
+    return float(triviaqa_normalize(text[:MAX_TEXT]) in {triviaqa_normalize(a) for a in aliases})
 
 
 def triviaqa_harness_em(text, aliases):
@@ -103,7 +114,7 @@ def triviaqa_harness_em(text, aliases):
     def plain(s):
         return s.lower().translate(str.maketrans("", "", string.punctuation))
 
-    return float(plain(text.strip()) in {plain(a) for a in aliases})
+    return float(plain(text[:MAX_TEXT].strip()) in {plain(a) for a in aliases})
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -182,130 +193,22 @@ def drop_pair(predicted, gold):
     return em, float(np.round(f1, 2))  # numpy's rounding, as in the official code: Python's makes 0.475 a 0.47
 
 
+def drop_answer(text):
+    """What a model says on the line of its answer, without the final full stop: '54.6 yards.' is '54.6 yards'."""
+    return text[:MAX_TEXT].strip().split("\n")[0].rstrip().removesuffix(".")
+
+
 def drop_scores(predicted, golds):
-    """Spans (a string is one span) against all gold answers (lists of spans): em and f1, each the best over golds."""
-    predicted = [predicted] if isinstance(predicted, str) else list(predicted)
-    pairs = [drop_pair(predicted, gold) for gold in golds if gold[0].strip()]
+    """An answer against all gold answers (lists of spans): em and f1, each the best over golds.
+
+    predicted: a text, one span where the gold answer is one ('Paris, France') and a list at its commas where it is
+    several; or a list of spans.
+    """
+
+    def spans(gold):
+        if not isinstance(predicted, str):
+            return list(predicted)
+        return re.split(r",\s+(?:and\s+)?", predicted) if len(gold) > 1 else [predicted]
+
+    pairs = [drop_pair(spans(gold), gold) for gold in golds if gold[0].strip()]
     return {"f1": max((f1 for _, f1 in pairs), default=0.0), "em": max((em for em, _ in pairs), default=0.0)}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# MATH
-
-SHORTER = (  # replaced in this order
-    ("an ", ""), ("a ", ""), (".$", "$"), ("\\$", ""), ("\\ ", ""), (" ", ""), ("mbox", "text"),
-    (",\\text{and}", ","), ("\\text{and}", ","), ("\\text{m}", "\\text{}"),
-)  # fmt: skip
-REMOVED = (  # words (units) and notation
-    "square", "ways", "integers", "dollars", "mph", "inches", "ft", "hours", "km", "units", "\\ldots", "sue", "points",
-    "feet", "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals", "edges", "students",
-    "childrentickets", "multiples", "\\text{s}", "\\text{.}", "\\text{\ns}", "\\text{}^2", "\\text{}^3", "\\text{\n}",
-    "\\text{}", "\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;", ",\\!", "{,}", '"', "\\dots",
-)  # fmt: skip
-REWRITES = (
-    (r"(.*?)(\$)(.*?)(\$)(.*)", r"$\3$"),  # what stands between the dollars
-    (r"(\\text\{)(.*?)(\})", r"\2"),
-    (r"(\\textbf\{)(.*?)(\})", r"\2"),
-    (r"(\\overline\{)(.*?)(\})", r"\2"),
-    (r"(\\boxed\{)(.*)(\})", r"\2"),
-    (r"(frac)([^{])(.)", r"frac{\2}{\3}"),  # \frac12 -> \frac{1}{2}
-    (r"(sqrt)(\[[^\]]*\])(\w)", r"\1\2{\3}"),  # \sqrt[3]8 -> \sqrt[3]{8}
-    (r"(sqrt)(?!\[)([^{])", r"sqrt{\2}"),  # \sqrt2 -> \sqrt{2}
-)  # fmt: skip
-
-
-def outside_commands(text, word):
-    """text without `word`, but not inside a LaTeX command: 'ft' must not turn \\left into \\le."""
-    pieces = re.split(r"(\\[a-zA-Z]+)", text)  # every second piece is a command
-    return "".join(p if i % 2 else p.replace(word, "") for i, p in enumerate(pieces))
-
-
-def math_normalize(answer):
-    """Minerva's normal form of a final answer: no units, no dressing, shorthand TeX written out, 1,000 as 1000."""
-    answer = answer.split("=")[-1]
-    for word in filter(str.isalpha, REMOVED):  # while spaces still show where words end
-        answer = re.sub(rf"(?<!\\)\b{word}\b", "", answer)
-    for old, new in SHORTER:
-        answer = answer.replace(old, new)
-    for part in REMOVED:
-        answer = outside_commands(answer, part) if part.isalpha() else answer.replace(part, "")
-    for pattern, new in REWRITES:
-        answer = re.sub(pattern, new, answer)
-    answer = answer.replace("$", "")
-    return answer.replace(",", "") if re.fullmatch(r"-?\d{1,3}(,\d{3})+", answer) else answer
-
-
-def last_boxed(solution):
-    """What stands in a solution's last \\boxed{...} (braces may nest), '\\boxed x' or \\fbox{...}; None if nowhere."""
-    if "\\boxed " in solution:
-        return solution.split("\\boxed ")[-1].split("$")[0]
-    start = solution.rfind("\\boxed") if "\\boxed" in solution else solution.rfind("\\fbox")
-    depth = 0
-    for i in range(start, len(solution)) if start >= 0 else ():
-        depth += (solution[i] == "{") - (solution[i] == "}")
-        if solution[i] == "}" and depth == 0:
-            return solution[solution.index("{", start) + 1 : i]
-    return None
-
-
-def math_gold(row):
-    """The normalised gold answer of a MATH row: its `answer`, or what the last \\boxed of its `solution` holds."""
-    answer = last_boxed(row["solution"]) if row.get("solution") else row.get("answer")
-    if answer is None:
-        raise ValueError(f"a MATH row has neither an answer nor a \\boxed{{}} in its solution: {row['problem'][:80]!r}")
-    return math_normalize(answer)
-
-
-def math_answer(text):
-    """Minerva's final answer in generated text, not yet normalised."""
-    # the closing words are appended since generation may have been cut right before them
-    found = re.search(r"Final Answer: The final answer is(.*?). I hope it is correct.", text + "I hope it is correct.")
-    return found.group(1).strip() if found else "[invalidanswer]"
-
-
-@contextlib.contextmanager
-def time_limit(seconds):
-    """TimeoutError after `seconds` (whole ones), where the system has SIGALRM; elsewhere there is no limit."""
-
-    def ring(signum, frame):
-        raise TimeoutError
-
-    if not hasattr(signal, "SIGALRM"):
-        yield
-        return
-    old = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, old)
-
-
-def need_latex_parser():
-    """ImportError, saying what to install, unless sympy can parse LaTeX."""
-    try:
-        import antlr4  # noqa: F401
-        from sympy.parsing.latex import parse_latex  # noqa: F401
-    except ImportError as e:
-        wanted = "pip install antlr4-python3-runtime==4.11.1"
-        raise ImportError(f"MATH's equivalence needs sympy's LaTeX parser: {wanted}") from e
-
-
-def math_equal(a, b):
-    """Whether two normalised answers are the same string, or the same to sympy; what sympy cannot read is not."""
-    if a and a == b:
-        return True
-    import sympy
-    from sympy.parsing.latex import parse_latex
-
-    try:
-        with time_limit(5):
-            return bool(sympy.simplify(parse_latex(a) - parse_latex(b)) == 0)
-    except Exception:  # generated text is arbitrary: whatever it makes the parser or simplify raise, it is no match
-        return False
-
-
-def math_scores(text, gold):
-    """Generated text against a normalised gold answer -> em."""
-    return {"em": float(math_equal(math_normalize(math_answer(text)), gold))}

@@ -1,26 +1,23 @@
-"""The eight tasks of the paper's Table 4 as one table of records: prompts, shots, files, stops, scores. No model here.
+"""What eval.py can ask, as one table of records: prompts, shots, files, stops, scores. No model and no file in here.
 
-    rows, examples, files = read_task(eval_dir, "gsm8k", shots=8)
-    style = TASKS["gsm8k"].harness                        # or .deepseek
-    prompt = context(style, rows[0], shown(TASKS["gsm8k"], examples, rows[0], 8))
-    style.score(generated_text, rows[0])                  # {'strict': 1.0, 'flexible': 1.0}
+    task = TASKS["gsm8k"]
+    style = task.style("harness")                    # or "deepseek"
+    style.question(row), style.target(row)           # the parts that evals/prompts.py makes a prompt of
+    style.score(generated_text, row)                 # {'strict': 1.0, 'flexible': 1.0}
 
-Files lie at <eval_dir>/<task>/<split>.jsonl, one row a line in the official fields (prepare_data.py --dataset=eval puts
-them there). Two prompt styles: `harness` is lm-evaluation-harness 0.4.13 character by character (but for DROP, whose
-prompt is broken there: the examples print the answer's keys; here they show the answer), with the first n examples.
-`deepseek` is how DeepSeek's base models are prompted (DeepSeek-V2, appendix). Examples always come first n.
+Rows are in the official fields (evals/fetch.py). Two prompt styles: `harness` is lm-evaluation-harness 0.4.13 character
+by character, but for DROP, whose prompt is broken there (the examples print the answer's keys, and generation ends at
+the first full stop, that of 54.6 too). `deepseek` is how DeepSeek's base models are prompted (DeepSeek-V2, appendix),
+where that differs. Few-shot examples are always the first ones of their file, in both styles.
 """
 
-import hashlib
-import json
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from evals import math_answer
 from evals import metrics as em
-
-PREPARE = "python prepare_data.py --dataset=eval"
+from records import any_of, anything, each, integer, null_or, number, one_of, text
 
 
 @dataclass(frozen=True)
@@ -30,13 +27,15 @@ class Style:
     question: Callable  # row -> str
     target: Callable  # row -> the answer as an example shows it
     metrics: tuple  # names, the one that stands in the table first
-    choices: Callable | None = None  # row -> the texts of the choices, scored by log-probability after `glue`
+    choices: Callable | None = None  # row -> texts, whose log-probabilities behind `glue` are taken ...
+    rate: Callable = em.choice_scores  # ... and judged: ((log-probability, greedy) of each, texts, gold) -> {metric: x}
     score: Callable | None = None  # without choices: (generated text, row) -> {metric: 0.0 .. 1.0}
     stops: tuple = ()  # generation ends at the first of these (and at <|endoftext|>)
     max_new_tokens: int = 256
     description: Callable = lambda row, examples: ""
     glue: str = " "
     separator: str = "\n\n"
+    beside: str | None = None  # a field: the examples are the other test rows that share it, as many as there are
 
 
 @dataclass(frozen=True)
@@ -45,19 +44,22 @@ class Task:
 
     title: str
     shots: int
-    paper: tuple  # Table 4, 27B: baseline, HC, mHC
     sizes: tuple  # rows of the official test set (of its official variants)
     tests: tuple  # split names of the test file, the first found is used
-    examples: tuple  # the same for the file of examples
-    fields: tuple  # that every test row must have
-    harness: Style
-    deepseek: Style
+    fields: dict  # kinds (records.py) of what every test row must have
     gold: Callable  # row -> number of the right choice, or what free answers are held against
-    example_fields: tuple = ()  # that every line of the examples' file must have; (): `fields`
-    fetched: bool = True  # whether prepare_data.py makes the examples' file
-    group: str | None = None  # field by which examples belong to rows (a subject has its own)
+    harness: Style
+    deepseek: Style | None = None  # None: the same, or DeepSeek has none
+    paper: tuple | None = None  # Table 4, 27B: baseline, HC, mHC
+    examples: tuple = ()  # as `tests`, for the file of examples; (): there are none
+    example_fields: dict | None = None  # kinds of what every line of that file must have; None: `fields`
+    fetched: bool = True  # whether prepare_data.py makes that file
+    group: str | None = None  # field by which examples belong to rows and scores are broken down (a subject)
     unfold: Callable | None = None  # one line of the examples' file -> its examples, where a line holds several
     needs: Callable = lambda: None  # raises ImportError if a library that the metric needs is missing
+
+    def style(self, name):
+        return self.deepseek if name == "deepseek" and self.deepseek else self.harness
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -68,10 +70,6 @@ def hellaswag_text(text):
     """The harness' clean-up of HellaSwag's WikiHow half; a double space only shrinks once, as there."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ")
-
-
-def hellaswag_question(row):
-    return hellaswag_text(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}")
 
 
 def mmlu_question(row):
@@ -139,43 +137,52 @@ def drop_spans(answer):
 
 def drop_type(row):
     spans = drop_golds(row)[0]
-    if len(spans) > 1:
-        return "multiple spans"
     dated = "answer" in row and not row["answer"]["number"] and not row["answer"]["spans"]
-    return "number" if em.is_number(spans[0]) else "date" if dated else "span"
+    return "number" if len(spans) == 1 and em.is_number(spans[0]) else "date" if dated else "spans"
 
 
-def drop_chain(row):
-    answer = ", ".join(drop_golds(row)[0])
-    return f"The answer type is {drop_type(row)}. So according to above Passage, the answer is {answer}."
-
-
-def drop_question(row):
+def drop_passage(row, examples):
     return (
         f"Passage: {row['passage']}\n\nAnswer the following questions based on the above passage, please calculate "
-        f"carefully if calculation is necessary.\nQ: {row['question']}\nA:"
+        f"carefully if calculation is necessary.\n"
     )
 
 
-def guess(task, row):
-    """The score (0 to 1) that guessing at random among a row's possible answers has on average; 0 for free answers."""
-    if task.harness.choices:
-        return 1 / len(task.harness.choices(row))
-    if "target" in row:  # BBH: lettered options, or one of a pair of words
-        options = len(re.findall(r"^\([A-Z]\)", row["input"], re.M))
-        pair = row["target"].lower() in ("yes", "no", "true", "false", "valid", "invalid")
-        return 1 / options if options else 0.5 if pair else 0.0
-    return 0.0
+def drop_question(row):
+    return f"Q: {row['question']}\nA: The answer type is {drop_type(row)}. So according to above Passage, the answer is"
+
+
+def triviaqa_golds(answer):
+    """What the official metric takes for right: every alias, and what people answered where a row has it."""
+    people = answer.get("human_answers") or ()
+    return [*answer.get("normalized_aliases", ()), *answer["aliases"], *people, answer["value"]]
+
+
+def arc_texts(row):
+    return [choice["text"] for choice in row["question"]["choices"]]
+
+
+def arc_gold(row):
+    return [choice["label"] for choice in row["question"]["choices"]].index(row["answerKey"])
+
+
+def last_word(row):
+    return row["text"].split(" ")[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The table
 
+DROP_ANSWER = {"number": any_of(number(), text()), "date": each(text()), "spans": [text()]}
+TRIVIAQA_ANSWER = {"value": text(), "aliases": [text()], "normalized_aliases?": [text()],
+                   "human_answers?": null_or([text()])}  # fmt: skip
+
 TASKS = {
     "bbh": Task(
         title="BBH", shots=3, paper=(43.8, 48.9, 51.0), sizes=(6511,),
-        tests=("test",), examples=("cot_prompts",), fields=("task", "input", "target"), group="task",
-        example_fields=("task", "prompt"), unfold=bbh_examples, gold=lambda row: row["target"],
+        tests=("test",), fields={"task": text(), "input": text(), "target": text()},
+        examples=("cot_prompts",), example_fields={"task": text(), "prompt": text()}, unfold=bbh_examples,
+        group="task", gold=lambda row: row["target"],
         harness=Style(
             description=lambda row, examples: examples[0]["description"] if examples else "",
             question=lambda row: f"Q: {row['input']}{BBH_STEP}",
@@ -199,25 +206,29 @@ TASKS = {
     ),
     "drop": Task(
         title="DROP", shots=3, paper=(47.0, 51.6, 53.9), sizes=(9536, 9535),
-        tests=("dev", "validation"), examples=("train", "fewshot"), fields=("passage", "question"), gold=drop_golds,
+        tests=("dev", "validation"), examples=("train", "fewshot"), gold=drop_golds,
+        fields={"passage": text(), "question": text(), "answers?": [[text()]], "answer?": DROP_ANSWER,
+                "validated_answers?": any_of(each([anything]), [DROP_ANSWER])},
         harness=Style(
             question=lambda row: f"{row['passage']} {row['question']}",
-            target=lambda row: ",".join(drop_golds(row)[0]),
-            stops=(".",),
-            score=lambda text, row: em.drop_scores(text, drop_golds(row)),
+            target=lambda row: ", ".join(drop_golds(row)[0]),
+            stops=("\n",),
+            score=lambda text, row: em.drop_scores(em.drop_answer(text), drop_golds(row)),
             metrics=("f1", "em"),
         ),
-        deepseek=Style(
+        deepseek=Style(  # examples from the row's own passage, which may say the answer in other words, as theirs do
+            description=drop_passage,
             question=drop_question,
-            target=drop_chain,
+            target=lambda row: ", ".join(drop_golds(row)[0]) + ".",
             stops=("\n",),
-            score=lambda text, row: em.drop_scores(em.answer_is(text), drop_golds(row)),
+            score=lambda text, row: em.drop_scores(em.drop_answer(text), drop_golds(row)),
             metrics=("f1", "em"),
+            beside="passage",
         ),
     ),
     "gsm8k": Task(
         title="GSM8K", shots=8, paper=(46.7, 53.2, 53.8), sizes=(1319,),
-        tests=("test",), examples=("train",), fields=("question", "answer"), gold=gsm8k_gold,
+        tests=("test",), examples=("train",), fields={"question": text(), "answer": text()}, gold=gsm8k_gold,
         harness=Style(
             question=lambda row: f"Question: {row['question']}\nAnswer:",
             target=lambda row: row["answer"],
@@ -236,51 +247,45 @@ TASKS = {
     "hellaswag": Task(
         title="HellaSwag", shots=10, paper=(73.7, 74.3, 74.7), sizes=(10042,),
         tests=("val", "validation"), examples=("train", "fewshot_val"),
-        fields=("activity_label", "ctx_a", "ctx_b", "ctx", "endings", "label"),
+        fields={"activity_label": text(), "ctx_a": text(), "ctx_b": text(), "endings": [text()],
+                "label": any_of(integer(0, 3), one_of("0", "1", "2", "3"))},
         gold=lambda row: int(row["label"]),
-        harness=Style(
-            question=hellaswag_question,
+        harness=Style(  # DeepSeek's published prompt is cleaned and capitalised in the same way
+            question=lambda row: hellaswag_text(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"),
             target=lambda row: hellaswag_text(row["endings"][int(row["label"])]),
             choices=lambda row: [hellaswag_text(ending) for ending in row["endings"]],
-            metrics=("acc", "acc_norm"),
-        ),
-        deepseek=Style(
-            question=lambda row: f"{row['activity_label']}: {row['ctx']}",
-            target=lambda row: row["endings"][int(row["label"])],
-            choices=lambda row: row["endings"],
             metrics=("acc", "acc_norm"),
         ),
     ),
     "math": Task(
         title="MATH", shots=4, paper=(22.0, 26.4, 26.0), sizes=(5000,),
-        tests=("test",), examples=("fewshot",), fields=("problem",),
-        example_fields=("problem", "solution"), gold=em.math_gold, needs=em.need_latex_parser,
-        harness=(_minerva := Style(  # Minerva's four examples, in both styles
+        tests=("test",), fields={"problem": text(), "solution?": null_or(text()), "answer?": null_or(text())},
+        examples=("fewshot",), example_fields={"problem": text(), "solution": text()},
+        gold=math_answer.math_gold, needs=math_answer.need_latex_parser,
+        harness=Style(  # Minerva's four examples, as DeepSeek's
             question=lambda row: f"Problem:\n{row['problem']}\n\nSolution:",
             target=lambda row: row["solution"],
-            score=lambda text, row: em.math_scores(text, em.math_gold(row)),
+            score=lambda text, row: math_answer.math_scores(text, math_answer.math_gold(row)),
             metrics=("em",),
             stops=("Problem:",),
-        )),
-        deepseek=_minerva,
+        ),
     ),
     "mmlu": Task(
         title="MMLU", shots=5, paper=(59.0, 63.0, 63.4), sizes=(14042,),
-        tests=("test",), examples=("dev",), fields=("subject", "question", "choices", "answer"), group="subject",
-        gold=lambda row: row["answer"],
-        harness=(_mmlu := Style(
+        tests=("test",), examples=("dev",), group="subject", gold=lambda row: row["answer"],
+        fields={"subject": text(), "question": text(), "choices": (text(),) * 4, "answer": integer(0, 3)},
+        harness=Style(
             description=mmlu_description,
             question=mmlu_question,
             target=lambda row: "ABCD"[row["answer"]],
             choices=lambda row: list("ABCD"),
             metrics=("acc",),
-        )),
-        deepseek=_mmlu,
+        ),
     ),
     "piqa": Task(
         title="PIQA", shots=0, paper=(78.5, 79.9, 80.5), sizes=(1838,),
-        tests=("valid", "validation"), examples=("train",), fields=("goal", "sol1", "sol2", "label"),
-        fetched=False,  # of PIQA only the validation split is
+        tests=("valid", "validation"), examples=("train",), fetched=False,  # of PIQA only the validation split is
+        fields={"goal": text(), "sol1": text(), "sol2": text(), "label": any_of(integer(0, 1), one_of("0", "1"))},
         gold=lambda row: int(row["label"]),
         harness=Style(
             question=lambda row: f"Question: {row['goal']}\nAnswer:",
@@ -297,8 +302,8 @@ TASKS = {
     ),
     "triviaqa": Task(
         title="TriviaQA", shots=5, paper=(54.3, 56.3, 57.6), sizes=(11313, 17944),  # unfiltered, reading comprehension
-        tests=("validation", "dev"), examples=("train", "fewshot_validation"), fields=("question", "answer"),
-        gold=lambda row: triviaqa_golds(row["answer"]),
+        tests=("validation", "dev"), examples=("train", "fewshot_validation"),
+        fields={"question": text(), "answer": TRIVIAQA_ANSWER}, gold=lambda row: triviaqa_golds(row["answer"]),
         harness=Style(
             question=lambda row: f"Question: {row['question']}?\nAnswer:",  # a second '?', as there
             target=lambda row: row["answer"]["aliases"][0],
@@ -316,112 +321,39 @@ TASKS = {
             metrics=("em",),
         ),
     ),
+    # for models of 1M to 1B parameters, which Table 4 finds at chance
+    "arc_easy": Task(
+        title="ARC-easy", shots=0, sizes=(2376,), tests=("test",), gold=arc_gold,
+        fields={"question": {"stem": text(), "choices": [{"text": text(), "label": text()}]}, "answerKey": text()},
+        harness=Style(
+            question=lambda row: f"Question: {row['question']['stem']}\nAnswer:",
+            target=lambda row: arc_texts(row)[arc_gold(row)],
+            choices=arc_texts,
+            metrics=("acc", "acc_norm"),
+        ),
+    ),
+    "blimp": Task(  # 67 files of 1,000 pairs: the mean over pairs is the mean over files
+        title="BLiMP", shots=0, sizes=(67000,), tests=("test",), group="UID", gold=lambda row: 0,
+        fields={"sentence_good": text(1), "sentence_bad": text(1), "UID": text()},
+        harness=Style(  # an empty prompt is one <|endoftext|>; the sentence follows a space, as there
+            question=lambda row: "",
+            target=lambda row: row["sentence_good"],
+            choices=lambda row: [row["sentence_good"], row["sentence_bad"]],
+            metrics=("acc",),
+        ),
+    ),
+    "lambada": Task(
+        title="LAMBADA", shots=0, sizes=(5153,), tests=("test",), fields={"text": text(1)}, gold=lambda row: 0,
+        harness=Style(
+            question=lambda row: row["text"][: -len(last_word(row)) - 1],
+            target=last_word,
+            choices=lambda row: [last_word(row)],
+            rate=em.last_word_scores,
+            metrics=("acc", "perplexity"),
+        ),
+    ),
 }  # fmt: skip
 
-
-def triviaqa_golds(answer):
-    """What the official metric takes for right: every alias, and what people answered where a row has it."""
-    people = answer.get("human_answers") or ()
-    return [*answer.get("normalized_aliases", ()), *answer["aliases"], *people, answer["value"]]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Prompts
-
-
-def shown(task, examples, row, shots):
-    """The first `shots` examples that belong to a row. TaskError if there are fewer."""
-    mine = [e for e in examples if not task.group or e[task.group] == row[task.group]][:shots]
-    if len(mine) < shots:
-        which = f" of {task.group} {row[task.group]!r}" if task.group else ""
-        raise TaskError(f"{task.title}: wanted {shots} examples{which}, got {len(mine)}; set --shots={len(mine)}")
-    return mine
-
-
-def context(style, row, examples):
-    """The whole prompt of a row: everything up to where the model answers."""
-    before = (style.question(e) + style.glue + style.target(e) + style.separator for e in examples)
-    return style.description(row, examples) + "".join(before) + style.question(row)
-
-
-def ask(task, style, row, examples, shots, where):
-    """The prompt of a row, once its right answer and its score by guessing are known to be readable.
-
-    Raises TaskError saying `where` the row and the examples are from.
-    """
-    mine = shown(task, examples, row, shots)
-    try:
-        gold = task.gold(row)
-        if style.choices and gold not in range(len(style.choices(row))):
-            raise ValueError(f"wanted the number of one of {len(style.choices(row))} choices, got {gold!r}")
-        guess(task, row)
-        return context(style, row, mine)
-    except (KeyError, ValueError, TypeError, IndexError, AttributeError) as e:
-        what = f"no {e}" if isinstance(e, KeyError) else e
-        raise TaskError(f"{where}: a row or its examples cannot be used: {what}; the row: {str(row)[:200]}") from e
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-class TaskError(Exception):
-    """A task that cannot be scored: files missing or damaged, too few examples. The message says what to do."""
-
-
-def find_split(eval_dir, name, splits, fetched=True):
-    """Path of the first of `splits` that exists. TaskError otherwise; fetched: whether prepare_data.py makes it."""
-    paths = [os.path.join(eval_dir, name, f"{split}.jsonl") for split in splits]
-    for path in paths:
-        if os.path.isfile(path):
-            return path
-    what = (
-        f"to fetch it: {PREPARE} --tasks={name} --eval_dir={eval_dir}"
-        if fetched
-        else "prepare_data.py does not fetch it: put it there, or set --shots=0"
-    )
-    raise TaskError(f"{name}: no {' or '.join(paths)}; {what}")
-
-
-def read_rows(path, fields):
-    """The rows of a .jsonl file. TaskError naming file and line for what is not JSON or lacks a field."""
-    rows = []
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                row = json.loads(line)
-            except ValueError as e:  # of UTF-8 too
-                raise TaskError(f"{path}, line {number}: not JSON ({e}); fetch it again: {PREPARE}") from e
-            lacking = [name for name in fields if not isinstance(row, dict) or name not in row]
-            if lacking:
-                raise TaskError(f"{path}, line {number}: no field {', '.join(lacking)}; wanted {', '.join(fields)}")
-            rows.append(row)
-    if not rows:
-        raise TaskError(f"{path}: has no rows; fetch it again: {PREPARE}")
-    return rows
-
-
-def read_task(eval_dir, name, shots):
-    """-> test rows, examples (none if shots is 0), {file: {'rows', 'sha256'}}. Raises TaskError."""
-    task = TASKS[name]
-    try:
-        task.needs()
-    except ImportError as e:
-        raise TaskError(str(e)) from e
-    test = find_split(eval_dir, name, task.tests)
-    rows, files = read_rows(test, task.fields), [test]
-    examples = []
-    if shots:
-        files.append(find_split(eval_dir, name, task.examples, task.fetched))
-        examples = read_rows(files[-1], task.example_fields or task.fields)
-        try:
-            examples = [e for line in examples for e in task.unfold(line)] if task.unfold else examples
-        except (ValueError, AttributeError) as e:
-            raise TaskError(f"{files[-1]}: not in the official form ({e}); fetch it again: {PREPARE}") from e
-    return rows, examples, {os.path.basename(path): describe(path) for path in files}
-
-
-def describe(path):
-    with open(path, "rb") as f:
-        data = f.read()
-    return {"rows": data.count(b"\n") + (not data.endswith(b"\n")), "sha256": hashlib.sha256(data).hexdigest()}
+ALL = {"loss": None} | {name: None for name, task in TASKS.items() if task.paper}  # task: shots, None for its own
+SMALL = {"loss": None, "hellaswag": 0, "piqa": None, "blimp": None, "lambada": None, "arc_easy": None}
+GROUPS = {"all": ALL, "small": SMALL}

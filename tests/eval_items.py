@@ -1,4 +1,4 @@
-"""Invented items of the eight tasks in their official fields, and models that say what a test wants them to say."""
+"""Invented items of every task in their official fields, and models that say what a test wants them to say."""
 
 import json
 import os
@@ -6,7 +6,9 @@ import os
 import tiktoken
 import torch
 
-from evals.tasks import TASKS, context, drop_golds, read_task, shown
+from evals.prompts import context, examples_of
+from evals.rows import read_task
+from evals.tasks import TASKS, drop_golds
 from model import GPT, GPTConfig
 
 BYTES = tiktoken.Encoding(
@@ -43,9 +45,19 @@ def mmlu(subject, i, answer):
             "answer": answer}  # fmt: skip
 
 
+def arc(i, labels, key):
+    texts = ("Water.", "Dry old sand.", "Air", "The sun above", "Ice")
+    choices = [{"text": texts[(k + i) % 5], "label": label} for k, label in enumerate(labels)]
+    return {"id": str(i), "question": {"stem": f"What is {i}?", "choices": choices}, "answerKey": key}
+
+
 FILES = {
+    "arc_easy/test": [arc(1, "ABCD", "B"), arc(2, "1234", "4"), arc(3, "ABCDE", "E")],
     "bbh/test": [{"task": t, "index": i, "input": f"Is {i} {t}?\nOptions:\n(A) yes\n(B) no", "target": "(A)"}
                  for t in ("odd_sums", "long_words") for i in range(2)],
+    "blimp/test": [{"sentence_good": f"{who} cats {verb}.", "sentence_bad": f"{who} cats {verb}s.", "UID": uid}
+                   for who, verb, uid in (("Some", "sleep", "plurals"), ("All", "eat", "plurals"),
+                                          ("Who likes", "see", "islands"))],
     "bbh/cot_prompts": [{"task": t, "prompt": bbh_prompt(t)} for t in ("odd_sums", "long_words")],
     "drop/dev": [drop(3, ["the Reds"]), drop(4, [], "4"), drop(5, ["Reds", "Blues"])],
     "drop/train": [drop(i, [], str(i)) for i in range(6, 10)],
@@ -55,6 +67,7 @@ FILES = {
     "gsm8k/train": [{"question": f"Bo eats {i}.", "answer": f"He eats {i}.\nSo {i}.\n#### {i}"} for i in range(10, 20)],
     "hellaswag/val": [hellaswag(i, i % 4) for i in range(5)],
     "hellaswag/train": [hellaswag(i, str(i % 3)) for i in range(20, 32)],
+    "lambada/test": [{"text": f"Ann saw {n} dogs. 'Here,' said Bo, and gave Ann {n} bones"} for n in ("two", "nine")],
     "math/test": [{"problem": f"What is ${i}/4$?", "solution": f"It is $\\boxed{{\\frac{{{i}}}{{4}}}}$."}
                   for i in (1, 3)],
     "math/fewshot": [{"problem": f"What is ${i}+1$?", "solution": f"Add: $\\boxed{{{i + 1}}}$.\nFinal Answer: The "
@@ -84,7 +97,7 @@ def right_answer(name, row, style):
     deepseek = style is TASKS[name].deepseek
     return {
         "bbh": lambda: f"Because. So the answer is {row['target']}.",
-        "drop": lambda: f"So the answer is {drop_golds(row)[0][0]}." if deepseek else drop_golds(row)[0][0] + ".",
+        "drop": lambda: drop_golds(row)[0][0] + ".\n",
         "gsm8k": lambda: "Think. The answer is 1,200.".replace("1,200", row["answer"].split("#### ")[1]) + "\n\n"
         if deepseek else "Think.\n" + row["answer"].split("\n")[-1],
         "math": lambda: "Final Answer: The final answer is $0.25$. I hope it is correct.".replace(
@@ -135,14 +148,17 @@ class Rigged(torch.nn.Module):
 def rigged(eval_dir, name, style_name, answer=right_answer, shots=None):
     """A model that gives `answer(name, row, style)` to every row of a task."""
     task = TASKS[name]
-    style, shots = getattr(task, style_name), task.shots if shots is None else shots
-    rows, examples, _ = read_task(eval_dir, name, shots)
-    texts = []
-    for row in rows:
-        prompt = context(style, row, shown(task, examples, row, shots))
+    style, shots = task.style(style_name), task.shots if shots is None else shots
+    rows, examples, _ = read_task(eval_dir, name, style, shots)
+    find, texts = examples_of(task, style, rows, examples), []
+    for i, row in enumerate(rows):
+        prompt = context(style, row, find(i)[:shots])
         if style.choices:
             prompt += style.glue
         bare = prompt.rstrip(" ") if style.choices else prompt
-        told = (BYTES.encode_ordinary(bare), BYTES.encode_ordinary(prompt[len(bare) :] + answer(name, row, style)))
+        told = (
+            BYTES.encode_ordinary(bare) or [256],
+            BYTES.encode_ordinary(prompt[len(bare) :] + answer(name, row, style)),
+        )
         texts.append((told[0], told[1] + [256]))
     return Rigged(texts)

@@ -15,7 +15,9 @@ import torch
 
 import checkpoint
 import eval as evaluation
-from evals import report
+from evals import measure, report
+from evals.prompts import Prompt
+from evals.rows import TaskError
 from evals.score import Runner
 from evals.tasks import TASKS
 from tests.eval_items import BYTES, FILES, rigged, right_answer, tiny, write_files
@@ -30,27 +32,32 @@ def folder(tmp_path_factory):
 
 def wrong_answer(name, row, style):
     if style.choices:
-        return style.choices(row)[TASKS[name].gold(row) - 1]
+        choices = style.choices(row)
+        return choices[TASKS[name].gold(row) - 1] if len(choices) > 1 else "zebra"
     return right_answer(name, row, style).translate(str.maketrans("0123456789ABRST", "1234567890CDXYZ"))
 
 
-def score(folder, name, style, model):
+def scored(folder, name, style, model, **changes):
     s = {"style": style, "shots": TASKS[name].shots, "limit": 0, "eval_dir": folder, "batch_tokens": 20000,
-         "save_predictions": False}  # fmt: skip
-    return evaluation.task_record(Runner(model), BYTES, name, evaluation.read(name, s, {}, model.config), s)
+         "max_length": 0, "save_predictions": False, "save_prompts": False} | changes  # fmt: skip
+    given = measure.read(name, s, {}, model.config, BYTES)
+    return measure.measure(Runner(model, max_length=s["max_length"]), BYTES, name, given, s)
 
 
 @pytest.mark.parametrize("style", ["harness", "deepseek"])
 @pytest.mark.parametrize("name", TASKS)
 def test_a_model_rigged_right_scores_all_and_one_rigged_wrong_nothing(folder, name, style):
-    record = score(folder, name, style, rigged(folder, name, style))
-    first = getattr(TASKS[name], style).metrics[0]
+    record = scored(folder, name, style, rigged(folder, name, style))
+    first = TASKS[name].style(style).metrics[0]
     if name == "drop":  # one of two spans was named in the last row
         assert record["scores"] == {"f1": [1.0, 1.0, 0.5], "em": [1.0, 1.0, 0.0]}
     else:
         assert record["scores"][first] == [1.0] * record["n"]
+    groups = record.get("groups", {})
+    assert sum(g["n"] for g in groups.values()) == (record["n"] if TASKS[name].group else 0)
+    assert all(g[first] == 1.0 for g in groups.values())
     assert record["partial"] and record["official"] == TASKS[name].sizes[0] and record["truncated"] == 0
-    record = score(folder, name, style, rigged(folder, name, style, wrong_answer))
+    record = scored(folder, name, style, rigged(folder, name, style, wrong_answer))
     assert record["scores"][first] == [0.0] * record["n"]
 
 
@@ -98,9 +105,11 @@ def by_task(found):
 
 
 def test_everything_on_two_runs(command, runs):
-    said = command("baseline", "mhc", "--resamples=200", "--save_predictions=true", "--out_dir=all")
+    words = ("--resamples=200", "--save_predictions=true", "--save_prompts=true")
+    said = command("baseline", "mhc", "--tasks=all,small", *words, "--out_dir=all")
     found = results(runs / "all")
-    assert len(found["records"]) == 2 * 9 and set(found["versions"]) >= {"torch", "python", "commit", "numpy"}
+    assert len(found["records"]) == 2 * 12
+    assert all(set(r["made_with"]) >= {"torch", "python", "commit", "numpy"} for r in found["records"])
     loss = by_task(found)["mhc/step-00000020", "loss"]
     assert loss["metrics"]["loss"]["value"] == pytest.approx(np.mean(loss["scores"]["loss"])) and not loss["partial"]
     ratio = loss["metrics"]["bits_per_byte"]["value"] / loss["metrics"]["loss"]["value"]
@@ -109,7 +118,11 @@ def test_everything_on_two_runs(command, runs):
     piqa = by_task(found)["mhc/step-00000020", "piqa"]
     assert [len(p) for p in piqa["predictions"]] == [2] * 4 and piqa["random"]["acc"] == 0.5
     assert len(piqa["files"]["valid.jsonl"]["sha256"]) == 64 and piqa["files"]["valid.jsonl"]["rows"] == 4
-    for words in ("4 of 1838 (partial)", "78.5  79.9  80.5", "PIQA acc: mhc 20 minus baseline 20", "cut on the left"):
+    assert piqa["prompts"][1] == {"prompt": "Question: Open jar 1.\nAnswer:",
+                                  "choices": [" Turn the lid.", " Hit the lid with a spoon."]}  # fmt: skip
+    assert set(by_task(found)["mhc/step-00000020", "mmlu"]["groups"]) == {"sums_of_two", "more"}
+    for words in ("4 of 1838 (partial)", "78.5  79.9  80.5", "PIQA acc: mhc 20 minus baseline 20", " of 8  strict",
+                  "stock lm_eval draws them", "Holm's correction for these 19 comparisons"):  # fmt: skip
         assert words in said
     assert len(found["comparisons"]) == sum(len(r["metrics"]) for r in found["records"]) // 2
     assert not list((runs / "all").glob("*.tmp"))
@@ -119,7 +132,7 @@ def test_loss_is_the_models_own(command, runs):
     command("mhc", "--tasks=loss", "--limit=3", "--out_dir=loss", "--batch_tokens=600")
     record = results(runs / "loss")["records"][0]
     model, _ = checkpoint.load_model(str(runs / "mhc"))
-    x, y = evaluation.Corpus(str(runs / "data"), "val", 256).sequences([0, 1, 2])
+    x, y = measure.Corpus(str(runs / "data"), "val", 256).sequences([0, 1, 2])
     whole = [float(model(a[None], b[None])[1]) for a, b in zip(x, y, strict=True)]
     assert record["scores"]["loss"] == pytest.approx(whole)
     assert record["partial"] and record["n"] == 3
@@ -128,10 +141,11 @@ def test_loss_is_the_models_own(command, runs):
 def test_a_second_call_keeps_what_is_there(command, runs, monkeypatch):
     command("mhc", "--tasks=piqa,triviaqa", "--out_dir=again")
     first = results(runs / "again")["records"]
-    monkeypatch.setattr(evaluation, "task_record", lambda *args: pytest.fail("scored again"))
+    monkeypatch.setattr(evaluation, "measure", lambda *args: pytest.fail("scored again"))
     assert "kept from" in command("mhc", "--tasks=triviaqa,piqa", "--out_dir=again")
     assert sorted(map(str, results(runs / "again")["records"])) == sorted(map(str, first))
-    for change in ("--shots=2", "--fresh=True", "--save_predictions=True", "--style=deepseek", "--max_length=99"):
+    for change in ("--shots=2", "--fresh=True", "--save_predictions=True", "--save_prompts=True", "--style=deepseek",
+                   "--max_length=99"):  # fmt: skip
         with pytest.raises(pytest.fail.Exception, match="scored again"):
             command("mhc", "--tasks=triviaqa", "--out_dir=again", change)
     assert results(runs / "again")["records"] == first
@@ -152,19 +166,64 @@ def test_score_against_step(command, runs):
     assert image.shape[0] > 200 and image[..., :3].std() > 0.05
 
 
-def test_missing_tasks_are_named_and_do_not_stop_others(command, runs, tmp_path, capsys):
+def test_missing_tasks_are_named_last_and_do_not_stop_others(command, runs, tmp_path, capsys):
     only = write_files(tmp_path, {"piqa/valid": FILES["piqa/valid"]})
-    said = command("mhc", "--tasks=gsm8k,piqa,mmlu", f"--eval_dir={only}", "--out_dir=missing")
+    with pytest.raises(TaskError, match=r"not scored: gsm8k, mmlu \(see above\)"):  # program.py makes it exit code 1
+        command("mhc", "--tasks=gsm8k,piqa,mmlu", f"--eval_dir={only}", "--out_dir=missing")
+    said = capsys.readouterr().out
     assert "python prepare_data.py --dataset=eval --tasks=gsm8k" in said and "missing: mmlu" in said and "PIQA" in said
-    with pytest.raises(SystemExit) as e:
-        command("mhc", "--tasks=gsm8k", f"--eval_dir={only}", "--out_dir=missing")
-    assert e.value.code and "nothing could be scored" in capsys.readouterr().err
+    assert [r["task"] for r in results(runs / "missing")["records"]] == ["piqa"]
+
+
+def test_what_small_models_are_asked(command, runs):
+    said = command("mhc", "--out_dir=small")
+    records = {r["task"]: r for r in results(runs / "small")["records"]}
+    assert list(records) == ["loss", "hellaswag", "piqa", "blimp", "lambada", "arc_easy"]
+    assert records["hellaswag"]["shots"] == 0 and "HellaSwag       0" in said
+    nats = records["lambada"]["scores"]["perplexity"]
+    assert records["lambada"]["metrics"]["perplexity"]["value"] == pytest.approx(np.exp(np.mean(nats)))
+    assert records["arc_easy"]["random"]["acc"] == pytest.approx((1 / 4 + 1 / 4 + 1 / 5) / 3)
+
+
+def test_a_diverged_checkpoint_is_refused_and_the_others_are_scored(command, runs, capsys):
+    model = tiny("mhc", 3, seq_len=256)
+    model.norm.weight[0] = torch.nan
+    settings = asdict(model.config) | {"data_dir": f"{runs}/data"}
+    checkpoint.save(runs / "diverged", 30, model, torch.optim.AdamW(model.parameters()), {}, settings)
+    with pytest.raises(TaskError, match="not scored: diverged/step-00000030"):
+        command("diverged", "mhc", "--tasks=piqa,triviaqa", "--out_dir=nan")
+    assert "diverged/step-00000030: PIQA: the model's output is not a number; take a ch" in capsys.readouterr().out
+    assert [r["checkpoint"] for r in results(runs / "nan")["records"]] == ["mhc/step-00000020"] * 2
+
+
+def test_prompts_lose_whole_examples_and_say_how_many_are_left(folder, tmp_path):
+    """256 bytes hold two or three examples of GSM8K's 8, none of them in halves."""
+    rows, model = FILES["gsm8k/test"], tiny(seq_len=256)
+    s = {"style": "harness", "shots": 8, "limit": 0, "eval_dir": folder, "max_length": 256}
+    given = measure.read("gsm8k", s, {}, model.config, BYTES)
+    for row, prompt in zip(rows, given["prompts"], strict=True):
+        assert 0 < prompt.shots < 8 and prompt.text.count("####") == prompt.shots
+        assert prompt.text.startswith("Question: Bo eats 10.") and prompt.text.endswith(f"{row['question']}\nAnswer:")
+        assert (
+            len(prompt.text)
+            <= 128
+            < len(prompt.text) + len("Question: Bo eats 10.\nAnswer: He eats 10.\nSo 10.\n#### 10\n\n")
+        )
+    given["prompts"] = [Prompt(p.text, k, p.chance) for p, k in zip(given["prompts"], (1, 2, 0), strict=True)]
+    record = measure.measure(Runner(model), BYTES, "gsm8k", given, s | {"batch_tokens": 9999, "save_predictions": False,
+                                                                       "save_prompts": False})  # fmt: skip
+    assert record["shown"] == 1.0 and record["truncated"] == 0
+    assert (
+        report.shots_shown(record | {"shots": 8}) == "1 of 8" and report.shots_shown({"shown": 8.0, "shots": 8}) == "8"
+    )
+    longest = scored(folder, "hellaswag", "harness", tiny(seq_len=60))
+    assert longest["shown"] == 0 and longest["truncated"] == 5  # not even the question and an ending
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("mhc", "--tasks=piqa,hellaswg"), "unknown task 'hellaswg'"),
+        (("mhc", "--tasks=piqa,hellaswg"), "unknown task 'hellaswg': wanted all, small, or a list out of loss, bbh"),
         ((), "no checkpoint given"),
         (("nowhere",), "nowhere: wanted a run folder"),
         (("mhc", "--style=openai"), "wanted one of 'harness', 'deepseek'"),
@@ -213,17 +272,19 @@ def test_altered_tokens_are_not_scored(command, runs, capsys):
     data = bytearray(path.read_bytes())
     data[-10] ^= 1
     path.write_bytes(data)
-    with pytest.raises(SystemExit):
+    with pytest.raises(TaskError):
         command("mhc", "--tasks=loss", "--data_dir=altered", "--out_dir=altered_eval")
     assert "val_000000.bin: altered since it was written" in capsys.readouterr().out
 
 
-def test_one_item_has_no_error_and_results_stay_json(command, runs):
+def test_one_item_proves_nothing_and_results_stay_json(command, runs):
     said = command("baseline", "mhc", "--tasks=piqa", "--limit=1", "--out_dir=single")
     text = (runs / "single" / "results.json").read_text()
     found = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-    assert found["records"][0]["metrics"]["acc"]["se"] is None and found["comparisons"][0]["se"] is None
-    assert " ± -" in said and "1 of 1838 (partial) items" in said and "nan" not in said
+    acc = found["records"][0]["metrics"]["acc"]
+    assert acc["high"] - acc["low"] == pytest.approx(0.7935, abs=1e-4)  # Wilson's interval of 1 of 1, or of 0 of 1
+    assert found["comparisons"][0]["se"] is None and "1 of 1838 (partial) items" in said and "nan" not in said
+    assert not any(line.endswith("items *") for line in said.splitlines())
 
 
 def test_choices_that_do_not_fit_are_told(command):
@@ -231,20 +292,32 @@ def test_choices_that_do_not_fit_are_told(command):
     assert "choices alone too long, cut too, to fit 8 tokens: mhc 20: PIQA 4 of 4" in said
 
 
-@pytest.mark.parametrize("text", ["[1]", '{"records": [{"task": "piqa"}, 3]}', "{", '{"records": 5}'])
-def test_damaged_results_are_told_and_scored_again(command, runs, text):
-    (runs / "damaged").mkdir(exist_ok=True)
-    (runs / "damaged" / "results.json").write_text(text)
-    assert "is damaged or from another version" in command("mhc", "--tasks=piqa", "--out_dir=damaged")
-    assert len(results(runs / "damaged")["records"]) == 1
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("[1]", "wanted an object, got [1]"),
+        ('{"records": [{"task": "piqa"}, 3]}', "records[0]: no 'checkpoint'"),
+        ("{", "not JSON"),
+        ('{"records": 5}', "records: wanted a list, got 5"),
+        ('{"mine": 1}', "no 'records'"),
+    ],
+)
+def test_a_results_file_that_is_not_ours_is_left_alone(command, runs, text, message, capsys):
+    (runs / "strange").mkdir(exist_ok=True)
+    (runs / "strange" / "results.json").write_text(text)
+    with pytest.raises(SystemExit) as e:
+        command("mhc", "--tasks=piqa", "--out_dir=strange")
+    said = capsys.readouterr().err
+    assert e.value.code == 2 and message in said and "move it away, or choose another --out_dir=" in said
+    assert (runs / "strange" / "results.json").read_text() == text
 
 
 def test_a_merge_that_leaves_a_choice_no_token_is_told(command, monkeypatch, capsys):
     def none_left(*pair):
         raise ValueError("the continuation ' x' has no tokens of its own")
 
-    monkeypatch.setattr(evaluation.score, "encode_pair", none_left)
-    with pytest.raises(SystemExit):
+    monkeypatch.setattr(measure.score, "encode_pair", none_left)
+    with pytest.raises(TaskError):
         command("mhc", "--tasks=piqa", "--out_dir=merged")
     assert "missing: PIQA: the continuation ' x' has no tokens of its own; it cannot be" in capsys.readouterr().out
 
@@ -252,57 +325,3 @@ def test_a_merge_that_leaves_a_choice_no_token_is_told(command, monkeypatch, cap
 def test_without_git_there_is_no_commit(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert evaluation.versions()["commit"] is None
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Statistics
-
-
-def test_standard_error_and_paired_comparison_by_hand():
-    assert report.mean_and_error([0, 1, 1, 0]) == pytest.approx((0.5, (1 / 12) ** 0.5))
-    a, b = [1, 0, 0, 1, 0, 0], [1, 1, 0, 1, 1, 0]
-    got = report.paired(a, b, seed=3, resamples=4000)
-    assert got["difference"] == pytest.approx(1 / 3)
-    assert got["se"] == pytest.approx(np.std([0, 1, 0, 0, 1, 0], ddof=1) / 6**0.5)
-    assert got["low"] == 0.0 and got["high"] == pytest.approx(2 / 3)  # of Binomial(6, 1/3) / 6
-    assert got == report.paired(a, b, seed=3, resamples=4000) != report.paired(a, b, seed=3, resamples=999)
-    with pytest.raises(ValueError, match="the same items: got 6 and 5"):
-        report.paired(a, b[:5])
-
-
-def test_unlike_items_are_not_compared():
-    def record(run, task="loss", sha="a", seq_len=8, scores=(1.0, 2.0)):
-        return {"checkpoint": run, "run": run, "step": 1, "task": task, "files": {"val": sha}, "seq_len": seq_len,
-                "n": len(scores), "official": 5, "partial": True, "scores": {"loss": list(scores)}}  # fmt: skip
-
-    first = record("a")
-    for other in (record("b", sha="b"), record("b", seq_len=9), record("b", scores=[1.0])):
-        pairs, unlike = report.comparisons([first, other], 0, 50)
-        assert not pairs and len(unlike) == 1 and "validation: a and b are not compared" in unlike[0]
-    pairs, unlike = report.comparisons([first, record("b")], 0, 50)
-    assert len(pairs) == 1 and not unlike
-    assert "2 of 5 (partial) items" in report.comparison_lines(pairs, {"a": "a", "b": "b"})[0]
-
-
-def test_the_table_shows_what_differs_between_checkpoints():
-    def record(run, n, random):
-        return {"checkpoint": run, "task": "piqa", "shots": 0, "n": n, "official": 9, "partial": n < 9,
-                "metrics": {"acc": {"value": 0.5, "se": None}}, "random": {"acc": random}}  # fmt: skip
-
-    line = report.table([record("a", 3, 0.5), record("b", 9, 0.25)], {"a": "a", "b": "b"})[2]
-    assert "3 of 9 (partial), 9" in line and "50.0, 25.0" in line
-
-
-def test_bootstrap_agrees_with_the_normal_interval():
-    rng = np.random.default_rng(0)
-    a, b = rng.normal(size=3000), rng.normal(0.1, 1, size=3000)
-    got = report.paired(a, b, seed=1, resamples=20_000)
-    for key, sign in (("low", -1), ("high", 1)):
-        assert (got[key] - got["difference"]) / got["se"] == pytest.approx(sign * 1.96, abs=0.05)
-
-
-def test_limits_take_every_subject():
-    rows = [{"subject": s, "i": i} for s in "ab" for i in range(3)] + [{"subject": "c", "i": 0}]
-    taken = evaluation.first_rows(rows, "subject", 4)
-    assert [(r["subject"], r["i"]) for r in taken] == [("a", 0), ("a", 1), ("b", 0), ("c", 0)]
-    assert evaluation.first_rows(rows, None, 2) == rows[:2] and evaluation.first_rows(rows, "subject", 0) == rows

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import tarfile
+import time
 import zipfile
 
 import pytest
@@ -246,6 +247,61 @@ def test_triviaqa(server, tmp_path):
             "value": "The Sun",
         },
     }
+
+
+def test_tasks_for_small_models(server, tmp_path):
+    """In one go by their common name; hellaswag and piqa, which it names too, are missing on this server."""
+    pairs = [
+        {"sentence_good": "Cats sleep.", "sentence_bad": "Cats sleeps.", "UID": "x", "pairID": str(i)} for i in range(2)
+    ]
+    for name in fetch.BLIMP_FILES:
+        server.add(f"{GITHUB}/alexwarstadt/blimp/master/data/{name}.jsonl", lines([p | {"UID": name} for p in pairs]))
+    words = [{"text": "He said 'thé end"}]
+    server.add("/openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl", lines(words))
+    question = {"stem": "Why?", "choices": [{"text": "So", "label": "A"}, {"text": "Not", "label": "B"}]}
+    arc = {"id": "Q1", "question": question, "answerKey": "B"}
+    members = {f"{folder}ARC-V1-Feb2018-2/ARC-{kind}/{mark}ARC-{kind}-{split}.jsonl":
+               lines([arc | {"id": f"{kind} {split}"}])
+               for folder, mark in (("", ""), ("__MACOSX/", "._")) for kind in ("Challenge", "Easy")
+               for split in ("Train", "Test")}  # fmt: skip
+    server.add("/ai2-public-datasets.s3.amazonaws.com/arc/ARC-V1-Feb2018.zip", zipped(members))
+    with pytest.raises(DataError, match="no hellaswag, piqa "):
+        run(server, tmp_path, "small")
+    assert len(set(fetch.BLIMP_FILES)) == 67 and read(tmp_path, "lambada", "test") == words
+    blimp = read(tmp_path, "blimp", "test")
+    assert len(blimp) == 134 and blimp[2] == pairs[0] | {"UID": "anaphor_gender_agreement"}
+    assert read(tmp_path, "arc_easy", "test") == [arc | {"id": "Easy Test"}]
+
+
+MB = 1 << 20
+BOMBS = {
+    "a line": ("gsm8k", f"{GITHUB}/openai/grade-school-math/master/grade_school_math/data/train.jsonl",
+               b'{"question": "' + b"a" * (17 * MB)),
+    "a JSON file": ("bbh", f"{GITHUB}/suzgunmirac/BIG-Bench-Hard/main/bbh/boolean_expressions.json", b"[" * 100_000),
+    "a field": ("mmlu", "/people.eecs.berkeley.edu/~hendrycks/data.tar",
+                packed("w", {"data/dev/law_dev.csv": b'"' + b"q" * MB})),
+    "a table in gzip": ("mmlu", "/people.eecs.berkeley.edu/~hendrycks/data.tar",
+                        packed("w:gz", {"data/dev/law_dev.csv": b" " * (20 * MB)})),
+    "blanks": ("triviaqa", "/nlp.cs.washington.edu/triviaqa/data/triviaqa-unfiltered.tar.gz",
+               packed("w:gz", {"unfiltered-web-train.json": b'{"Data": [' + b" " * (40 * MB)})),
+    "blanks before": ("triviaqa", "/nlp.cs.washington.edu/triviaqa/data/triviaqa-unfiltered.tar.gz",
+                      packed("w:gz", {"unfiltered-web-train.json": b" " * (40 * MB)})),
+    "an item": ("triviaqa", "/nlp.cs.washington.edu/triviaqa/data/triviaqa-unfiltered.tar.gz",
+                packed("w:gz", {"unfiltered-web-train.json": b'{"Data": [{"Question": "' + b"a" * (40 * MB)})),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_what_is_larger_than_an_official_file_could_be_is_one_line(server, tmp_path, capsys, bomb):
+    task, path, content = BOMBS[bomb]
+    server.add(path, content)
+    start = time.process_time()
+    with pytest.raises(DataError, match=f"no {task}"):
+        run(server, tmp_path, task)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "not in the form it was published in" in said and len(said) < 500
+    assert time.process_time() - start < 8
+    assert os.listdir(tmp_path / "eval" / task) == ["sources.json"]
 
 
 def test_items_of_a_truncated_list():

@@ -9,7 +9,9 @@ lm_eval = pytest.importorskip("lm_eval", reason="pip install lm-eval==0.4.13")
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from evals import harness  # noqa: E402
-from evals.score import Runner, encode_pair, generate, loglikelihoods  # noqa: E402
+from evals.generate import generate  # noqa: E402
+from evals.rows import TaskError  # noqa: E402
+from evals.score import Runner, encode_pair, loglikelihoods  # noqa: E402
 from tests.eval_items import BYTES, tiny  # noqa: E402
 
 CHOICE = """
@@ -70,3 +72,28 @@ def test_unknown_tasks_end_with_one_line(capsys):
         harness.run([], ["arc_eazy"], {}, ".", True)
     said = capsys.readouterr().err
     assert e.value.code == 2 and "lm_eval: lm-evaluation-harness has no task 'arc_eazy'" in said
+
+
+def test_without_a_network_there_is_one_line(model, tmp_path, monkeypatch):
+    """Whatever datasets, the hub and requests raise: program.py makes a line of TaskError."""
+
+    def unreachable(manager, names):
+        raise ConnectionError("Couldn't reach 'baber/piqa' on the Hub\n(LocalEntryNotFoundError)")
+
+    monkeypatch.setattr(TaskManager, "load", unreachable)
+    ours = harness.Checkpoint(model=model, encoding=BYTES)
+    monkeypatch.setattr(harness, "Checkpoint", lambda checkpoint, **s: ours)
+    s = {
+        "device": "cpu",
+        "dtype": "float32",
+        "batch_tokens": 9,
+        "max_length": 0,
+        "data_dir": "",
+        "limit": 1,
+        "shots": 0,
+    }
+    with pytest.raises(
+        TaskError, match=r"piqa could not be loaded \(ConnectionError: Couldn't reach 'baber/piqa'"
+    ) as e:
+        harness.run(["run"], ["piqa"], s, str(tmp_path), True)
+    assert "\n" not in str(e.value)

@@ -6,8 +6,11 @@ import pytest
 import tiktoken
 import torch
 
+from evals import generate as generation
 from evals import score
-from evals.score import Runner, common_prefix, encode_pair, generate, loglikelihoods, plan
+from evals.batches import Unit, common_prefix, plan
+from evals.generate import generate
+from evals.score import Runner, encode_pair, loglikelihoods
 from tests.eval_items import BYTES, tiny
 
 
@@ -145,8 +148,8 @@ def test_a_merge_across_the_border():
 
 
 def test_stops_cut_at_the_earliest():
-    assert score.cut(b"ab.c\nd", (b"\n", b".")) == b"ab"
-    assert score.cut(b"abc", (b"\n",)) == b"abc"
+    assert generation.cut(b"ab.c\nd", (b"\n", b".")) == b"ab"
+    assert generation.cut(b"abc", (b"\n",)) == b"abc"
 
 
 def test_common_prefix():
@@ -155,17 +158,70 @@ def test_common_prefix():
     assert common_prefix([[1], [2]]) == 0 and common_prefix([[1, 2]]) == 2 and common_prefix([[], [1]]) == 0
 
 
-def test_plan_covers_every_item_once_within_the_limit():
+def a_unit(rng, asked, rows=None, question=None):
+    question = rng.choice([0, rng.randint(1, 200)]) if question is None else question
+    return Unit([[0]] * (rows or rng.randint(1, 4)), question, rng.randint(1, 90), [asked])
+
+
+def test_plan_covers_every_unit_once_within_the_limit():
     rng = random.Random(5)
-    lengths, sizes = [rng.randint(1, 50) for _ in range(40)], [rng.randint(1, 4) for _ in range(40)]
-    groups = [rng.choice("ab") for _ in range(40)]
-    batches = plan(lengths, sizes, [[7] * 20 + [i] for i in range(40)], groups, 120)
-    assert sorted(i for b in batches for i in b.items) == list(range(40))
+    pools = [([7] * 20, [a_unit(rng, i) for i in range(60)]), ([], [a_unit(rng, i) for i in range(60, 90)])]
+    batches = plan(pools, 900, room=3)
+    assert sorted(u.asked[0] for b in batches for u in b.units) == list(range(90))
     for b in batches:
-        tokens = max(lengths[i] for i in b.items) * sum(sizes[i] for i in b.items)
-        assert (tokens <= 120 or len(b.items) == 1) and len({groups[i] for i in b.items}) == 1
-        assert b.prefix == [7] * 20
-    assert len(batches) < 40
+        longest = len(b.prefix) + max(u.question for u in b.units) + max(u.tail for u in b.units) + 3
+        assert longest * sum(len(u.rows) for u in b.units) <= 900 or len(b.units) == 1
+        assert b.prefix == ([] if b.units[0].asked[0] >= 60 else [7] * 20)
+    assert len(batches) < 60
+
+
+def run_by(batches):
+    """Tokens that the stages of these batches run, counted from the definition."""
+    return sum(len(b.units) * max(u.question for u in b.units)
+               + sum(len(u.rows) for u in b.units) * max(u.tail for u in b.units) for b in batches)  # fmt: skip
+
+
+def test_a_batch_pads_no_more_than_a_call_costs():
+    rng = random.Random(6)
+    units = [Unit([[0]], 0, length) for length in [500, 90, 90, 7] + [rng.randint(20, 120) for _ in range(300)]]
+    own = sum(u.tail for u in units)
+    batches = plan([([], units)], 10**6)
+    assert run_by(batches) - own <= 32 * len(batches) and run_by(batches) < 1.05 * own
+    assert 8 < len(batches) < 40  # not one row a call either
+    assert len(plan([([], units)], 10**6, room=256)) <= 3  # generation: 256 calls more for every batch
+
+
+def test_questions_and_tails_are_both_cut():
+    """Two kinds whose lengths go against each other: sorted by the whole length they would pad one another."""
+    units = [Unit([[0]] * 4, q, t) for q, t in ((300, 10), (10, 300)) for _ in range(8)]
+    batches = plan([([], units)], 10**6)
+    assert len(batches) == 2 and run_by(batches) == 8 * 300 + 32 * 10 + 8 * 10 + 32 * 300
+
+
+def test_short_rows_run_hardly_more_than_their_own_tokens():
+    """PIQA's shape: questions of 10 to 40 tokens, two answers of 5 to 80 of about the same length, nothing common."""
+    model, rng = tiny(), random.Random(0)
+    items = []
+    for _ in range(60):
+        question, n = ids(rng, rng.randint(10, 40)), round(5 + 75 * rng.random() ** 2)
+        items.append([(question, ids(rng, n + rng.randint(0, 1))) for _ in range(2)])
+    ran, hidden = [], model.hidden
+    model.hidden = lambda idx, cache=None: ran.append(idx.numel()) or hidden(idx, cache)
+    loglikelihoods(Runner(model), items)
+    assert sum(ran) <= 1.1 * sum(len(c) + len(t) - 1 for item in items for c, t in item)
+    assert len(ran) < 40
+
+
+@pytest.mark.parametrize("where", [slice(None), slice(97, 98)])
+def test_what_is_not_a_number_is_refused(where):
+    """A model that diverged, wholly or for one token alone: choice 0 and empty texts would look like answers."""
+    model = tiny(seq_len=100)
+    model.embed_tokens.weight[where] = torch.nan
+    items = [[(BYTES.encode_ordinary("xyz"), [1]), ([5], [2])], [(BYTES.encode_ordinary("abc"), [1])]]
+    with pytest.raises(FloatingPointError, match="not a number; take a checkpoint from before"):
+        loglikelihoods(Runner(model), items)
+    with pytest.raises(FloatingPointError):
+        generate(Runner(model), BYTES, ["xyz", "abc"], None, (), 3)
 
 
 def test_max_logits_does_not_change_anything(monkeypatch):

@@ -114,7 +114,7 @@ def test_mistakes():
     with pytest.raises(ValueError):
         generate(model, [[1], [2]], 3, seeds=[1])
     model.norm.weight.fill_(math.nan)
-    with pytest.raises(FloatingPointError, match="not numbers"):
+    with pytest.raises(FloatingPointError, match="not a number"):
         generate(model, [[1]], 3)
 
 

@@ -219,6 +219,12 @@ def test_separator_across_chunks():
         assert list(corpora.pieces(chunks, b"<|endoftext|>")) == [b"one", b"two", b"", b"three"]
 
 
+def test_gzip_comes_in_pieces_however_much_it_stands_for():
+    data = gzip.compress(b"a" * (9 << 20)) + gzip.compress(b"b" * 5)
+    got = list(corpora.gunzip(iter([data[:5000], data[5000:]]), "x"))
+    assert b"".join(got) == b"a" * (9 << 20) + b"b" * 5 and max(map(len, got)) <= 1 << 20
+
+
 def test_python_needs_nothing(tmp_path):
     folder = prepare(settings(tmp_path, dataset="python", tokens=300_000))
     meta = Corpus(folder, "train", 64).meta
