@@ -42,7 +42,7 @@ from evals.rows import TaskError
 from evals.tasks import GROUPS, TASKS
 from owned import NotOurs, write_json
 from parallel import resolve_device
-from records import Missing, RecordError, anything, boolean, check, each, integer, null_or, number, read_json, text
+from records import Missing, RecordError, anything, boolean, check, each, integer, null_or, number, read_json, string
 from tokenizer import open_encoding
 
 tasks = ""  # small, all, or a list such as loss,mmlu; "": small for models under 1B active parameters, all from there
@@ -78,12 +78,12 @@ UNUSED = (  # with --lm_eval=
     "tasks", "style", "eval_dir", "save_predictions", "save_prompts", "fresh", "resamples", "seed",
 )  # fmt: skip
 SAME = ("checkpoint", "weights", "task", "style", "shots", "limit", "max_length", "dtype", "files")  # of two records
-NEEDED = {
-    "checkpoint": text(), "run": text(), "step": integer(0), "weights": text(), "task": text(), "style": text(),
-    "shots": integer(0), "shown": number(0), "limit": integer(0), "max_length": integer(1), "dtype": text(),
-    "files": each(anything), "made_with": each(anything), "n": integer(1), "official": integer(0), "partial": boolean,
-    "random": each(null_or(number())), "scores": each([number()]),
-    "metrics": each({"value": number(), "low": null_or(number()), "high": null_or(number())}),
+NEEDED = {  # of one that an earlier run has left
+    **dict.fromkeys(("checkpoint", "run", "weights", "task", "style", "dtype"), string()),
+    **dict.fromkeys(("step", "shots", "limit", "official"), integer(0)), "shown": number(0),
+    **dict.fromkeys(("max_length", "n"), integer(1)), "partial": boolean,
+    "files": each(anything), "made_with": each(anything), "random": each(null_or(number())),
+    "scores": each([number()]), "metrics": each({"value": number(), "low": null_or(number()), "high": null_or(number())}),
 }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from evals import math_answer
 from evals import metrics as em
-from records import any_of, anything, each, integer, null_or, number, one_of, text
+from records import any_of, anything, each, integer, null_or, number, one_of, string
 
 
 @dataclass(frozen=True)
@@ -173,15 +173,16 @@ def last_word(row):
 # ----------------------------------------------------------------------------------------------------------------------
 # The table
 
-DROP_ANSWER = {"number": any_of(number(), text()), "date": each(text()), "spans": [text()]}
-TRIVIAQA_ANSWER = {"value": text(), "aliases": [text()], "normalized_aliases?": [text()],
-                   "human_answers?": null_or([text()])}  # fmt: skip
+TEXT = string()
+DROP_ANSWER = {"number": any_of(number(), TEXT), "date": each(TEXT), "spans": [TEXT]}
+TRIVIAQA_ANSWER = {"value": TEXT, "aliases": [TEXT], "normalized_aliases?": [TEXT],
+                   "human_answers?": null_or([TEXT])}  # fmt: skip
 
 TASKS = {
     "bbh": Task(
         title="BBH", shots=3, paper=(43.8, 48.9, 51.0), sizes=(6511,),
-        tests=("test",), fields={"task": text(), "input": text(), "target": text()},
-        examples=("cot_prompts",), example_fields={"task": text(), "prompt": text()}, unfold=bbh_examples,
+        tests=("test",), fields={"task": TEXT, "input": TEXT, "target": TEXT},
+        examples=("cot_prompts",), example_fields={"task": TEXT, "prompt": TEXT}, unfold=bbh_examples,
         group="task", gold=lambda row: row["target"],
         harness=Style(
             description=lambda row, examples: examples[0]["description"] if examples else "",
@@ -207,7 +208,7 @@ TASKS = {
     "drop": Task(
         title="DROP", shots=3, paper=(47.0, 51.6, 53.9), sizes=(9536, 9535),
         tests=("dev", "validation"), examples=("train", "fewshot"), gold=drop_golds,
-        fields={"passage": text(), "question": text(), "answers?": [[text()]], "answer?": DROP_ANSWER,
+        fields={"passage": TEXT, "question": TEXT, "answers?": [[TEXT]], "answer?": DROP_ANSWER,
                 "validated_answers?": any_of(each([anything]), [DROP_ANSWER])},
         harness=Style(
             question=lambda row: f"{row['passage']} {row['question']}",
@@ -228,7 +229,7 @@ TASKS = {
     ),
     "gsm8k": Task(
         title="GSM8K", shots=8, paper=(46.7, 53.2, 53.8), sizes=(1319,),
-        tests=("test",), examples=("train",), fields={"question": text(), "answer": text()}, gold=gsm8k_gold,
+        tests=("test",), examples=("train",), fields={"question": TEXT, "answer": TEXT}, gold=gsm8k_gold,
         harness=Style(
             question=lambda row: f"Question: {row['question']}\nAnswer:",
             target=lambda row: row["answer"],
@@ -247,7 +248,7 @@ TASKS = {
     "hellaswag": Task(
         title="HellaSwag", shots=10, paper=(73.7, 74.3, 74.7), sizes=(10042,),
         tests=("val", "validation"), examples=("train", "fewshot_val"),
-        fields={"activity_label": text(), "ctx_a": text(), "ctx_b": text(), "endings": [text()],
+        fields={"activity_label": TEXT, "ctx_a": TEXT, "ctx_b": TEXT, "endings": [TEXT],
                 "label": any_of(integer(0, 3), one_of("0", "1", "2", "3"))},
         gold=lambda row: int(row["label"]),
         harness=Style(  # DeepSeek's published prompt is cleaned and capitalised in the same way
@@ -259,8 +260,8 @@ TASKS = {
     ),
     "math": Task(
         title="MATH", shots=4, paper=(22.0, 26.4, 26.0), sizes=(5000,),
-        tests=("test",), fields={"problem": text(), "solution?": null_or(text()), "answer?": null_or(text())},
-        examples=("fewshot",), example_fields={"problem": text(), "solution": text()},
+        tests=("test",), fields={"problem": TEXT, "solution?": null_or(TEXT), "answer?": null_or(TEXT)},
+        examples=("fewshot",), example_fields={"problem": TEXT, "solution": TEXT},
         gold=math_answer.math_gold, needs=math_answer.need_latex_parser,
         harness=Style(  # Minerva's four examples, as DeepSeek's
             question=lambda row: f"Problem:\n{row['problem']}\n\nSolution:",
@@ -273,7 +274,7 @@ TASKS = {
     "mmlu": Task(
         title="MMLU", shots=5, paper=(59.0, 63.0, 63.4), sizes=(14042,),
         tests=("test",), examples=("dev",), group="subject", gold=lambda row: row["answer"],
-        fields={"subject": text(), "question": text(), "choices": (text(),) * 4, "answer": integer(0, 3)},
+        fields={"subject": TEXT, "question": TEXT, "choices": (TEXT,) * 4, "answer": integer(0, 3)},
         harness=Style(
             description=mmlu_description,
             question=mmlu_question,
@@ -285,7 +286,7 @@ TASKS = {
     "piqa": Task(
         title="PIQA", shots=0, paper=(78.5, 79.9, 80.5), sizes=(1838,),
         tests=("valid", "validation"), examples=("train",), fetched=False,  # of PIQA only the validation split is
-        fields={"goal": text(), "sol1": text(), "sol2": text(), "label": any_of(integer(0, 1), one_of("0", "1"))},
+        fields={"goal": TEXT, "sol1": TEXT, "sol2": TEXT, "label": any_of(integer(0, 1), one_of("0", "1"))},
         gold=lambda row: int(row["label"]),
         harness=Style(
             question=lambda row: f"Question: {row['goal']}\nAnswer:",
@@ -303,7 +304,7 @@ TASKS = {
     "triviaqa": Task(
         title="TriviaQA", shots=5, paper=(54.3, 56.3, 57.6), sizes=(11313, 17944),  # unfiltered, reading comprehension
         tests=("validation", "dev"), examples=("train", "fewshot_validation"),
-        fields={"question": text(), "answer": TRIVIAQA_ANSWER}, gold=lambda row: triviaqa_golds(row["answer"]),
+        fields={"question": TEXT, "answer": TRIVIAQA_ANSWER}, gold=lambda row: triviaqa_golds(row["answer"]),
         harness=Style(
             question=lambda row: f"Question: {row['question']}?\nAnswer:",  # a second '?', as there
             target=lambda row: row["answer"]["aliases"][0],
@@ -324,7 +325,7 @@ TASKS = {
     # for models of 1M to 1B parameters, which Table 4 finds at chance
     "arc_easy": Task(
         title="ARC-easy", shots=0, sizes=(2376,), tests=("test",), gold=arc_gold,
-        fields={"question": {"stem": text(), "choices": [{"text": text(), "label": text()}]}, "answerKey": text()},
+        fields={"question": {"stem": TEXT, "choices": [{"text": TEXT, "label": TEXT}]}, "answerKey": TEXT},
         harness=Style(
             question=lambda row: f"Question: {row['question']['stem']}\nAnswer:",
             target=lambda row: arc_texts(row)[arc_gold(row)],
@@ -334,7 +335,7 @@ TASKS = {
     ),
     "blimp": Task(  # 67 files of 1,000 pairs: the mean over pairs is the mean over files
         title="BLiMP", shots=0, sizes=(67000,), tests=("test",), group="UID", gold=lambda row: 0,
-        fields={"sentence_good": text(1), "sentence_bad": text(1), "UID": text()},
+        fields={"sentence_good": string(1), "sentence_bad": string(1), "UID": TEXT},
         harness=Style(  # an empty prompt is one <|endoftext|>; the sentence follows a space, as there
             question=lambda row: "",
             target=lambda row: row["sentence_good"],
@@ -343,7 +344,7 @@ TASKS = {
         ),
     ),
     "lambada": Task(
-        title="LAMBADA", shots=0, sizes=(5153,), tests=("test",), fields={"text": text(1)}, gold=lambda row: 0,
+        title="LAMBADA", shots=0, sizes=(5153,), tests=("test",), fields={"text": string(1)}, gold=lambda row: 0,
         harness=Style(
             question=lambda row: row["text"][: -len(last_word(row)) - 1],
             target=last_word,
