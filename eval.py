@@ -83,7 +83,8 @@ NEEDED = {  # of one that an earlier run has left
     **dict.fromkeys(("step", "shots", "limit", "official"), integer(0)), "shown": number(0),
     **dict.fromkeys(("max_length", "n"), integer(1)), "partial": boolean,
     "files": each(anything), "made_with": each(anything), "random": each(null_or(number())),
-    "scores": each([number()]), "metrics": each({"value": number(), "low": null_or(number()), "high": null_or(number())}),
+    "scores": each([number()]),
+    "metrics": each({"value": number(), "low": null_or(number()), "high": null_or(number())}),
 }  # fmt: skip
 
 
