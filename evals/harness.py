@@ -30,7 +30,7 @@ from evals.generate import generate
 from evals.rows import TaskError
 from owned import write_json
 from records import RecordError, anything, each, read_json
-from tokenizer import load_tokenizer
+from tokenizer import open_encoding
 
 
 @register_model("mhc")
@@ -45,7 +45,7 @@ class Checkpoint(TemplateLM):
             raise ValueError(f"model_args: unknown {', '.join(set(unused) - set(known))}")
         if model is None:
             model, settings = load_model(pretrained, device)
-            encoding = load_tokenizer(data_dir or settings["data_dir"])
+            encoding = open_encoding({"data_dir": data_dir}, settings, model.config)
         self.encoding, self.batch_tokens = encoding, int(batch_tokens)
         self.runner = score.Runner(model, dtype, int(max_length))
 
