@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 import sinkhorn_kernel as kernels
 from mhc_ref import mhc_maps_ref
-from sinkhorn_kernel import triton
+from sinkhorn_kernel import cdiv, power_of_2
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The operators: what launches the kernels. M is the number of logits, n^2+2n with Sinkhorn.
@@ -54,7 +54,7 @@ def fp32(like, *shape):
 
 def padded(M):
     """Columns of a product with phi: a power of two, and 16 at least, for the tensor cores."""
-    return max(16, triton.next_power_of_2(M))
+    return max(16, power_of_2(M))
 
 
 def streams_shapes(x, y, H_post, H_res, phi, H_pre):
@@ -81,7 +81,7 @@ def streams(x, y, H_post, H_res, phi, H_pre):
         BT, BC, options = kernels.blocks("streams", n, C, x.dtype)
         tiles, shares = kernels.channel_tiles(T, BT, C, BC)
         M = 1 if phi is None else phi.shape[1]
-        kernels.streams_kernel[(triton.cdiv(T, BT), shares)](
+        kernels.streams_kernel[(cdiv(T, BT), shares)](
             *contiguous(x, y, H_post, H_res, phi, H_pre), *outs, T, C, tiles, n=n, M=M, MP=padded(M),
             PRECISION=kernels.precision(x), BT=BT, BC=BC, **options,
         )  # fmt: skip
@@ -125,7 +125,7 @@ def streams_backward(d_x_next, d_x_in, d_sums, x, y, H_post, H_res, x_next, phi,
     tiles, shares = kernels.channel_tiles(T, BT, C, BC)
     parts = d_maps if shares == 1 else d_maps.new_empty(shares, *d_maps.shape)
     M = 1 if d_sums is None else d_sums.shape[-1] - 1
-    kernels.streams_backward_kernel[(triton.cdiv(T, BT), shares)](
+    kernels.streams_backward_kernel[(cdiv(T, BT), shares)](
         d_x_next, d_x_in, d_sums, x, y, H_post, H_res, phi, H_pre, d_x, d_y, parts, T, C, tiles,
         n=n, M=M, MP=padded(M), SINGLE_PASS=single_pass, PRECISION=kernels.precision(x, to_bf16=True),
         BT=BT, BC=BC, STAGES=options["num_stages"], **options,
@@ -137,10 +137,10 @@ def phi_backward(x_next, d_sums, d_phi):
     """d_phi (nC, M) = vec(x_next)^T d_proj, as shares over tokens, summed in order."""
     (n, C), T, M = x_next.shape[-2:], tokens_of(x_next), d_phi.shape[1]
     BT, BK, options = kernels.blocks("phi_backward", n, n * C, x_next.dtype)
-    shares = min(kernels.TOKEN_SHARES, triton.cdiv(T, 256))
+    shares = min(kernels.TOKEN_SHARES, cdiv(T, 256))
     parts = d_phi if shares == 1 else d_phi.new_empty(shares, n * C, M)
-    kernels.phi_backward_kernel[(triton.cdiv(n * C, BK), shares)](
-        x_next, d_sums, parts, T, n * C, triton.cdiv(triton.cdiv(T, BT), shares), M=M, MP=padded(M),
+    kernels.phi_backward_kernel[(cdiv(n * C, BK), shares)](
+        x_next, d_sums, parts, T, n * C, cdiv(cdiv(T, BT), shares), M=M, MP=padded(M),
         PRECISION=kernels.precision(x_next), BT=BT, BK=BK, **options,
     )  # fmt: skip
     if shares > 1:
@@ -160,14 +160,14 @@ def maps(sums, alpha, b, n, size, sinkhorn_iters, eps):
     outs = maps_shapes(sums, alpha, b, n, size, sinkhorn_iters, eps)
     if T := outs[0].numel() // n:
         BT, _, options = kernels.blocks("maps", n, 1)
-        kernels.maps_kernel[(triton.cdiv(T, BT),)](
+        kernels.maps_kernel[(cdiv(T, BT),)](
             *contiguous(sums, alpha, b), *outs, T, sums.shape[0], size, eps, n=n, ITERS=sinkhorn_iters, BT=BT, **options
         )
     return outs
 
 
 def maps_backward_shapes(d_H_pre, d_H_post, d_H_res, sums, alpha, b, n, size, sinkhorn_iters, eps):
-    return [sums.new_empty(sums.shape[1:]), torch.empty_like(alpha), torch.empty_like(b)]
+    return [sums.new_empty(sums.shape[1:]), sums.new_empty(len(b) + 3)]
 
 
 @operator(
@@ -176,23 +176,18 @@ def maps_backward_shapes(d_H_pre, d_H_post, d_H_res, sums, alpha, b, n, size, si
     maps_backward_shapes,
 )
 def maps_backward(d_H_pre, d_H_post, d_H_res, sums, alpha, b, n, size, sinkhorn_iters, eps):
-    """-> d_sums (..., n^2+2n+1), the gradient of each share; d_alpha, d_b, summed over programs in order."""
+    """-> d_sums (..., n^2+2n+1), the gradient of each share; d_params (n^2+2n+3,), d_b and then d_alpha."""
     outs = maps_backward_shapes(d_H_pre, d_H_post, d_H_res, sums, alpha, b, n, size, sinkhorn_iters, eps)
     T, M = d_H_pre.numel() // n, b.numel()
     if not T:
         return [t.zero_() for t in outs]
     BT, _, options = kernels.blocks("maps_backward", n, 1)
-    parts = sums.new_empty(triton.cdiv(T, BT), 2, M)
+    parts = sums.new_empty(cdiv(T, BT), M + 3)
     kernels.maps_backward_kernel[(len(parts),)](
         *contiguous(d_H_pre, d_H_post, d_H_res, sums, alpha, b), outs[0], parts, T, sums.shape[0], size, eps,
-        n=n, ITERS=sinkhorn_iters, HISTORY=history(sinkhorn_iters), BT=BT, **options,
+        n=n, ITERS=sinkhorn_iters, HISTORY=power_of_2(max(1, sinkhorn_iters)), BT=BT, **options,
     )  # fmt: skip
-    d_b, d_scale = parts.sum(0)
-    return [outs[0], torch.stack([part.sum() for part in d_scale.split([n, n, n * n])]), d_b.clone()]
-
-
-def history(sinkhorn_iters):
-    return triton.next_power_of_2(max(1, sinkhorn_iters))
+    return [outs[0], parts.sum(0)]
 
 
 def read_shapes(x, H_pre):
@@ -205,9 +200,7 @@ def read(x, H_pre):
     x_in, (n, C), T = read_shapes(x, H_pre), x.shape[-2:], tokens_of(x)
     if T:
         BT, BC, options = kernels.blocks("read", n, C, x.dtype)
-        kernels.read_kernel[(triton.cdiv(T, BT), triton.cdiv(C, BC))](
-            *contiguous(x, H_pre), x_in, T, C, n=n, BT=BT, BC=BC, **options
-        )
+        kernels.read_kernel[(cdiv(T, BT), cdiv(C, BC))](*contiguous(x, H_pre), x_in, T, C, n=n, BT=BT, BC=BC, **options)
     return x_in
 
 
@@ -224,7 +217,7 @@ def read_backward(x, d_x_in):
     BT, BC, options = kernels.blocks("read_backward", n, C, x.dtype)
     tiles, shares = kernels.channel_tiles(T, BT, C, BC)
     parts = d_H_pre if shares == 1 else d_H_pre.new_empty(shares, *d_H_pre.shape)
-    kernels.read_backward_kernel[(triton.cdiv(T, BT), shares)](
+    kernels.read_backward_kernel[(cdiv(T, BT), shares)](
         *contiguous(x, d_x_in), parts, T, C, tiles, n=n, BT=BT, BC=BC, **options
     )
     return d_H_pre if shares == 1 else parts.sum(0)
@@ -239,7 +232,7 @@ def sinkhorn_forward(logits, sinkhorn_iters):
     H_res, n = sinkhorn_shapes(logits), logits.shape[-1]
     if T := logits.numel() // n**2:
         BT, _, options = kernels.blocks("maps", n, 1)
-        kernels.sinkhorn_kernel[(triton.cdiv(T, BT),)](
+        kernels.sinkhorn_kernel[(cdiv(T, BT),)](
             logits.contiguous(), H_res, T, n=n, ITERS=sinkhorn_iters, BT=BT, **options
         )
     return H_res
@@ -254,9 +247,9 @@ def sinkhorn_backward(logits, d_H_res, sinkhorn_iters):
     d_logits, n = sinkhorn_backward_shapes(logits), logits.shape[-1]
     if T := logits.numel() // n**2:
         BT, _, options = kernels.blocks("maps_backward", n, 1)
-        kernels.sinkhorn_backward_kernel[(triton.cdiv(T, BT),)](
-            *contiguous(logits, d_H_res), d_logits, T, n=n, ITERS=sinkhorn_iters, HISTORY=history(sinkhorn_iters),
-            BT=BT, **options,
+        kernels.sinkhorn_backward_kernel[(cdiv(T, BT),)](
+            *contiguous(logits, d_H_res), d_logits, T, n=n, ITERS=sinkhorn_iters,
+            HISTORY=power_of_2(max(1, sinkhorn_iters)), BT=BT, **options,
         )  # fmt: skip
     return d_logits
 
@@ -320,7 +313,8 @@ class Maps(Function):
     @once_differentiable
     def backward(ctx, *grads):
         sums, alpha, b = ctx.saved_tensors
-        d_sums, d_alpha, d_b = maps_backward(*grads, sums, alpha, b, *ctx.settings)
+        d_sums, d_params = maps_backward(*grads, sums, alpha, b, *ctx.settings)
+        d_b, d_alpha = d_params.split([len(b), 3])
         return d_sums.expand(sums.shape), d_alpha, d_b, *(None for _ in ctx.settings)
 
 

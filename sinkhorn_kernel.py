@@ -371,7 +371,7 @@ def read_backward_kernel(
 
 @jit
 def maps_backward_kernel(
-    d_H_pre_ptr, d_H_post_ptr, d_H_res_ptr, sums_ptr, alpha_ptr, b_ptr, d_sums_ptr, d_b_ptr, T, SHARES, size, eps,
+    d_H_pre_ptr, d_H_post_ptr, d_H_res_ptr, sums_ptr, alpha_ptr, b_ptr, d_sums_ptr, d_params_ptr, T, SHARES, size, eps,
     n: tl.constexpr, ITERS: tl.constexpr, HISTORY: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """Back through the mappings of BT tokens: to `sums`, and to this program's share of b and alpha."""
@@ -395,13 +395,14 @@ def maps_backward_kernel(
     d_res = sinkhorn_backward(res_logits, d_H_res, n, ITERS, BT, HISTORY)
 
     # back through Eq 16: to b and alpha, summed over this program's tokens; to proj
-    d_b_ptr += tl.program_id(0) * 2 * M
-    tl.store(d_b_ptr + i, tl.sum(d_pre, 0))
-    tl.store(d_b_ptr + n + i, tl.sum(d_post, 0))
-    tl.store(d_b_ptr + 2 * n + ij, tl.sum(d_res, 0))
-    tl.store(d_b_ptr + M + i, tl.sum(d_pre * pre, 0))
-    tl.store(d_b_ptr + M + n + i, tl.sum(d_post * post, 0))
-    tl.store(d_b_ptr + M + 2 * n + ij, tl.sum(d_res * res, 0))
+    d_params_ptr += tl.program_id(0) * (M + 3)
+    tl.store(d_params_ptr + i, tl.sum(d_pre, 0))
+    tl.store(d_params_ptr + n + i, tl.sum(d_post, 0))
+    tl.store(d_params_ptr + 2 * n + ij, tl.sum(d_res, 0))
+    pre, post, res = tl.sum(d_pre * pre, 1), tl.sum(d_post * post, 1), tl.sum(tl.sum(d_res * res, 2), 1)
+    tl.store(d_params_ptr + M, tl.sum(pre, 0))
+    tl.store(d_params_ptr + M + 1, tl.sum(post, 0))
+    tl.store(d_params_ptr + M + 2, tl.sum(res, 0))
     alpha_pre, alpha_post, alpha_res = tl.load(alpha_ptr), tl.load(alpha_ptr + 1), tl.load(alpha_ptr + 2)
     d_sums_ptr += start * (M + 1)
     at = row[:, None] * (M + 1) + i[None, :]
@@ -410,8 +411,7 @@ def maps_backward_kernel(
     at = row[:, None, None] * (M + 1) + 2 * n + ij[None, :, :]
     tl.store(d_sums_ptr + at, alpha_res / r[:, None, None] * d_res, live_nn)
     # Eq 15: r divides every logit's dynamic part, and d r = d square / (2 nC r)
-    dynamic = alpha_pre * tl.sum(d_pre * pre, 1) + alpha_post * tl.sum(d_post * post, 1)
-    dynamic += alpha_res * tl.sum(tl.sum(d_res * res, 2), 1)
+    dynamic = alpha_pre * pre + alpha_post * post + alpha_res * res
     tl.store(d_sums_ptr + row * (M + 1) + M, -dynamic / (2 * r * r * size), live)
 
 
@@ -549,10 +549,10 @@ def phi_backward_kernel(
 BLOCKS = {
     "nvidia": {
         "streams": (64, 32, 8, 3),
-        "maps": (64, 1, 4, 1),
+        "maps": (16, 1, 1, 1),
         "read": (16, 128, 4, 1),
         "read_backward": (16, 64, 4, 1),
-        "maps_backward": (16, 1, 2, 1),
+        "maps_backward": (16, 1, 1, 1),
         "streams_backward": (32, 32, 8, 3),
         "phi_backward": (32, 256, 8, 3),
     },
@@ -575,6 +575,7 @@ BLOCKS_INSTEAD = {
     ("amd", torch.float32, False): {"streams_backward": (16, 64, 4, 1)},
     ("nvidia", torch.bfloat16, True): {
         "streams": (64, 16, 4, 2), "streams_backward": (32, 32, 8, 1), "phi_backward": (32, 64, 8, 2),
+        "maps_backward": (16, 1, 4, 1),
     },
     ("nvidia", torch.float16, True): {
         "streams": (32, 32, 8, 1), "streams_backward": (16, 16, 8, 1), "phi_backward": (32, 64, 8, 2),
@@ -592,18 +593,26 @@ DOTS = "auto"  # or 'ieee': products in plain fp32, without tensor cores on NVID
 MAKER = "amd" if torch.version.hip else "nvidia"
 
 
+def cdiv(a, b):  # Triton's own cost the host 10 us each
+    return -(-a // b)
+
+
+def power_of_2(a):
+    return 1 << (a - 1).bit_length()
+
+
 def blocks(kernel, n, C, dtype=torch.bfloat16):
     """Tokens, channels, and the launch options of one program."""
     rows = BLOCKS[MAKER] | BLOCKS_INSTEAD.get((MAKER, dtype, n == 8), {})
     BT, BC, warps, stages = rows[kernel]
-    return BT, max(16, min(BC, triton.next_power_of_2(C))), {"num_warps": warps, "num_stages": stages}
+    return BT, max(16, min(BC, power_of_2(C))), {"num_warps": warps, "num_stages": stages}
 
 
 def channel_tiles(T, BT, C, BC):
     """How many of the ceil(C / BC) channel tiles a program walks over -> tiles, and programs that share them."""
-    rows, tiles = max(1, -(-T // BT)), -(-C // BC)
-    each = -(-tiles // min(tiles, -(-PROGRAMS // rows)))
-    return each, -(-tiles // each)
+    rows, tiles = max(1, cdiv(T, BT)), cdiv(C, BC)
+    each = cdiv(tiles, min(tiles, cdiv(PROGRAMS, rows)))
+    return each, cdiv(tiles, each)
 
 
 def precision(x, to_bf16=False):

@@ -63,10 +63,15 @@ def worst(got, want):
     return ((got.double() - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
 
 
-def assert_as_good_as_twin(got, twin, want, names):
-    """Every error at most twice the error that the same-precision twin makes, + 1e-6: no tolerance to tune."""
+def assert_as_good_as_twin(got, twin, want, names, logits=0.0):
+    """Every error at most twice the error that the same-precision twin makes, + 1e-6: no tolerance to tune.
+
+    logits: their size, where products in tf32x3 make them. It keeps 22 bits of a product, the twin 24, and a logit that
+    is off by logits * 2**-22 moves what comes after it by as much: allowed on top.
+    """
     assert len(got) == len(want)
     for name, g, t, w in zip(names, got, twin, want, strict=True):
         assert g.isfinite().all(), f"{name} is not finite"
         assert g.shape == w.shape and g.dtype == t.dtype, f"{name}: {g.shape} {g.dtype}"
-        assert worst(g, w) <= 2 * worst(t, w) + 1e-6, f"{name}: error {worst(g, w):.2e}, the twin's {worst(t, w):.2e}"
+        allowed = 2 * worst(t, w) + 1e-6 + logits * 2**-22
+        assert worst(g, w) <= allowed, f"{name}: error {worst(g, w):.2e}, the twin's {worst(t, w):.2e}"

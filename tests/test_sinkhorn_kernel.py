@@ -75,7 +75,7 @@ def test_values_and_gradients(form, T, n, C, dtype, std, device):
     want = outputs_and_grads(twin_step, tensors, torch.float64)
     outs = SINGLE_OUTS if form.startswith("single") else OUTS if form != "last" else OUTS[:1]
     names = [*outs, *(f"d_{k}" for k, t in zip(NAMES, tensors, strict=False) if t is not None)]
-    assert_as_good_as_twin(got, twin, want, names)
+    assert_as_good_as_twin(got, twin, want, names, logits=0 if dtype == BF16 or form == "last" else std)
 
 
 @pytest.mark.parametrize("device", DEVICES)

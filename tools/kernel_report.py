@@ -48,12 +48,24 @@ def truncate_to_tf32(a):
     return (a.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
 
 
+def round_to_tf32(a):
+    """fp32 array -> the nearest tf32, ties away from zero: cvt.rna.tf32.f32."""
+    return truncate_to_tf32((a.view(np.uint32) + np.uint32(0x1000)).view(np.float32))
+
+
+def big_and_rest(a):
+    """fp32 array -> what tf32x3 multiplies of it: two tf32 arrays."""
+    big = round_to_tf32(a)
+    return big, truncate_to_tf32(a - big)
+
+
 @contextlib.contextmanager
 def hardware_arithmetic():
     """Make Triton's interpreter (3.7.1) round as the hardware does.
 
     As it stands it cuts fp32 -> bf16 off instead of rounding, multiplies bf16 operands of a dot as if their bits were
-    integers, and computes 'tf32' dots exactly.
+    integers, and computes 'tf32' and 'tf32x3' dots exactly. tf32x3 here is what Triton compiles it to: each operand as
+    a big part, rounded, and the rest, which the tensor core cuts off; the product of both rests is left out.
     """
     import triton.language as tl
     from triton._C.libtriton import ir
@@ -74,6 +86,10 @@ def hardware_arithmetic():
             a, b = (TensorHandle(from_bf16(t.data), tl.float32) for t in (a, b))
         elif a.dtype.scalar == tl.float32 and input_precision == ir.INPUT_PRECISION.TF32:
             a, b = (TensorHandle(truncate_to_tf32(np.ascontiguousarray(t.data)), tl.float32) for t in (a, b))
+        elif a.dtype.scalar == tl.float32 and input_precision == ir.INPUT_PRECISION.TF32x3:
+            (a, a_rest), (b, b_rest) = (big_and_rest(np.ascontiguousarray(t.data)) for t in (a, b))
+            d = TensorHandle(d.data + (a_rest @ b + a @ b_rest), tl.float32)
+            a, b = TensorHandle(a, tl.float32), TensorHandle(b, tl.float32)
         return dot(self, a, b, d, input_precision, max_num_imprecise_acc)
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
@@ -88,7 +104,7 @@ def hardware_arithmetic():
 
 STREAMS = {"x", "y", "x_next", "x_in", "d_x", "d_y", "d_x_next", "d_x_in"}
 STREAMS |= {"f", "out", "grad_x", "grad_f", "grad_out"}  # Liger's names
-SHARED = {"phi", "d_phi", "d_b", "d_maps", "grad_phi"}  # not per token, or shares of sums
+SHARED = {"phi", "d_phi", "d_params", "d_maps", "grad_phi"}  # not per token, or shares of sums
 
 
 def group(kernel, name):
