@@ -1,9 +1,6 @@
 """mHC's residual connection on a GPU: what lies between two sublayers, in Triton.
 
-The kernels alone; mhc_gpu.py launches them and gives them gradients, and mhc.py is what to import:
-
-    x_next, x_in, H_post, H_res = mhc_step(x, y, H_post, H_res, phi, alpha, b)    # first sublayer: y = H_* = None
-    x_next = mhc_post_res(x, y, H_post, H_res)                                    # after the last one
+The kernels alone. mhc_gpu.py launches them and gives them gradients; mhc.py is what to import, for its mhc_step.
 
 What is fused. Sublayer l reads n streams x through H_pre and writes its output y back through H_post and H_res (Eq 3).
 The mappings of sublayer l+1 are functions of x_next alone, and x_next is made from x and y of sublayer l. So the unit
@@ -40,12 +37,9 @@ The paper's three forward kernels move 18, unfused ones 34 (its Table 2: 5n+1 re
 counts it all. d_phi inside `streams` would save 4 units more, at the price of an accumulator that the register file
 has no room for (LOG.md).
 
-Few tokens. A program takes the same tokens whatever their number. Where that gives too few programs for a GPU's
-processors, several share the channels of the same tokens, each writes its share of the sums, and the next kernel adds
-them in order. A decode step of 64 tokens is one program a channel tile.
-
-Barriers. The only ones are between kernels: no program reads what another one of the same launch wrote, or what it
-wrote itself.
+Few tokens. Where BT tokens a program give too few programs for a GPU's processors, several share the channels of the
+same tokens, each writes its share of the sums, and the next kernel adds them in order. A decode step of 64 tokens is
+one program a channel tile. No program reads what its own launch wrote: the only barriers are between kernels.
 
 Backward. Saved: x, y, H_post, H_res, H_pre, sums, and x_next, which is the next boundary's x: the same tensor, saved
 twice, stored once. Nothing of Sinkhorn: all iterations are replayed on chip (a gradient from the final matrix alone is
@@ -55,9 +49,9 @@ d_H_pre) are written as shares and added in a fixed order: no atomics, the same 
 Precision. phi is multiplied as three bf16 terms when x is bf16 (24 bits, products exact in fp32) and as tf32x3 if not,
 both on tensor cores; the gradient through phi to a bf16 x is tf32. DOTS = 'ieee' asks for plain fp32 everywhere.
 
-What it trades. A pointer that is None is a compile-time switch, so one kernel serves every form (first, middle, last;
-with H_pre or without); registers (one program to an SM) for bytes. What compilers make of it is guarded by
-tests/test_kernel_compile.py; where the order of lines matters to them, a comment says so.
+What it trades. Registers (one program to an SM) for bytes; a pointer that is None is a compile-time switch, so that one
+kernel serves every form. What compilers make of it is guarded by tests/test_kernel_compile.py; where the order of lines
+matters to them, a comment says so.
 """
 
 import torch
@@ -81,6 +75,14 @@ def jit(kernel):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # A worked example: Sinkhorn alone. One program takes BT matrices, forward and backward.
+
+
+@jit
+def tokens(T, BT: tl.constexpr):
+    """A program's tokens: the first one, in 64 bits, so that 32 do for offsets from it; those offsets; which exist."""
+    start = tl.program_id(0).to(tl.int64) * BT
+    row = tl.arange(0, BT)
+    return start, row, start + row < T
 
 
 @jit
@@ -138,12 +140,10 @@ def map_offsets(row, n: tl.constexpr):
 
 @jit
 def sinkhorn_kernel(logits_ptr, H_res_ptr, T, n: tl.constexpr, ITERS: tl.constexpr, BT: tl.constexpr):
-    start = tl.program_id(0).to(tl.int64) * BT  # 64 bits here, so that 32 do for offsets inside a program
-    row = tl.arange(0, BT)
-    live = (start + row < T)[:, None, None]
-    _, at_nn, _, _ = map_offsets(row, n)
-    log_M = tl.load(logits_ptr + start * n * n + at_nn, live, 0.0).to(tl.float32)
-    tl.store(H_res_ptr + start * n * n + at_nn, sinkhorn_forward(log_M, ITERS), live)
+    start, row, live = tokens(T, BT)
+    _, at, _, _ = map_offsets(row, n)
+    log_M = tl.load(logits_ptr + start * n * n + at, live[:, None, None], 0.0).to(tl.float32)
+    tl.store(H_res_ptr + start * n * n + at, sinkhorn_forward(log_M, ITERS), live[:, None, None])
 
 
 @jit
@@ -151,13 +151,12 @@ def sinkhorn_backward_kernel(
     logits_ptr, d_H_res_ptr, d_logits_ptr, T,
     n: tl.constexpr, ITERS: tl.constexpr, HISTORY: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
-    start = tl.program_id(0).to(tl.int64) * BT
-    row = tl.arange(0, BT)
-    live = (start + row < T)[:, None, None]
-    _, at_nn, _, _ = map_offsets(row, n)
-    log_M = tl.load(logits_ptr + start * n * n + at_nn, live, 0.0).to(tl.float32)
-    d_H_res = tl.load(d_H_res_ptr + start * n * n + at_nn, live, 0.0)
-    tl.store(d_logits_ptr + start * n * n + at_nn, sinkhorn_backward(log_M, d_H_res, n, ITERS, BT, HISTORY), live)
+    start, row, live = tokens(T, BT)
+    live = live[:, None, None]
+    _, at, _, _ = map_offsets(row, n)
+    log_M = tl.load(logits_ptr + start * n * n + at, live, 0.0).to(tl.float32)
+    d_H_res = tl.load(d_H_res_ptr + start * n * n + at, live, 0.0)
+    tl.store(d_logits_ptr + start * n * n + at, sinkhorn_backward(log_M, d_H_res, n, ITERS, BT, HISTORY), live)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -227,9 +226,7 @@ def streams_kernel(
     """BT tokens, TILES tiles of their channels: x_next; its sums with phi and its square; x_in if H_pre is known."""
     UNROLL: tl.constexpr = n if n < 8 else 1  # unrolled, 8 streams hoist their loads and spill kilobytes
     dtype = x_ptr.dtype.element_ty
-    start = tl.program_id(0).to(tl.int64) * BT
-    row = tl.arange(0, BT)
-    live = start + row < T
+    start, row, live = tokens(T, BT)
     x_ptr += start * n * C
     if y_ptr is not None:
         x_next_ptr += start * n * C
@@ -296,7 +293,7 @@ def load_logits(sums_ptr, alpha_ptr, b_ptr, start, row, live, T, SHARES, size, e
     i, ij = tl.arange(0, n), tl.arange(0, n)[:, None] * n + tl.arange(0, n)[None, :]
     # r = (v.square().mean(-1, keepdim=True) + eps).sqrt()  # Eq 15
     square = load_sums(sums_ptr, row * WIDTH + WIDTH - 1, live, T, SHARES, WIDTH)
-    r = tl.sqrt(square / size + eps)
+    r = tl.where(live, tl.sqrt(square / size + eps), 1.0)
     # logits = scale / r * proj + b.to(v.dtype)  # Eq 16: dividing after the matmul is the RMSNorm
     at = row[:, None] * WIDTH + i[None, :]
     pre = load_sums(sums_ptr, at, live[:, None], T, SHARES, WIDTH) / r[:, None]
@@ -315,23 +312,19 @@ def maps_kernel(
     n: tl.constexpr, ITERS: tl.constexpr, BT: tl.constexpr,
 ):  # fmt: skip
     """The three mappings of BT tokens; size is nC."""
-    start = tl.program_id(0).to(tl.int64) * BT
-    row = tl.arange(0, BT)
-    live = start + row < T
-    logits = load_logits(sums_ptr, alpha_ptr, b_ptr, start, row, live, T, SHARES, size, eps, n)
+    start, row, live = tokens(T, BT)
+    _, _, _, pre, post, res, _ = load_logits(sums_ptr, alpha_ptr, b_ptr, start, row, live, T, SHARES, size, eps, n)
     at_n, at_nn, _, _ = map_offsets(row, n)
     # return pre.sigmoid(), 2 * post.sigmoid(), H_res  # Eq 17, 18, 19
-    tl.store(H_pre_ptr + start * n + at_n, tl.sigmoid(logits[3]), live[:, None])
-    tl.store(H_post_ptr + start * n + at_n, 2 * tl.sigmoid(logits[4]), live[:, None])
-    tl.store(H_res_ptr + start * n * n + at_nn, sinkhorn_forward(logits[5], ITERS), live[:, None, None])
+    tl.store(H_pre_ptr + start * n + at_n, tl.sigmoid(pre), live[:, None])
+    tl.store(H_post_ptr + start * n + at_n, 2 * tl.sigmoid(post), live[:, None])
+    tl.store(H_res_ptr + start * n * n + at_nn, sinkhorn_forward(res, ITERS), live[:, None, None])
 
 
 @jit
 def read_kernel(x_ptr, H_pre_ptr, x_in_ptr, T, C, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr):
     """x_in = sum_i H_pre[i] x[i], a tile a program."""
-    start = tl.program_id(0).to(tl.int64) * BT
-    row = tl.arange(0, BT)
-    live = start + row < T
+    start, row, live = tokens(T, BT)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     tile = live[:, None] & (c < C)[None, :]
     H_pre = tl.load(H_pre_ptr + start * n + tl.arange(0, n)[:, None] + row[None, :] * n, live[None, :], 0.0)
@@ -346,13 +339,10 @@ def read_kernel(x_ptr, H_pre_ptr, x_in_ptr, T, C, n: tl.constexpr, BT: tl.conste
 
 @jit
 def read_backward_kernel(
-    x_ptr, d_x_in_ptr, d_H_pre_ptr, T, C, TILES,
-    n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
+    x_ptr, d_x_in_ptr, d_H_pre_ptr, T, C, TILES, n: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
+):
     """d_H_pre[i] = sum_c d_x_in[c] x[i, c]: BT tokens, TILES tiles of their channels."""
-    start = tl.program_id(0).to(tl.int64) * BT
-    row = tl.arange(0, BT)
-    live = start + row < T
+    start, row, live = tokens(T, BT)
     i = tl.arange(0, n)
     x_ptr += start * n * C
     d_x_in_ptr += start * C
@@ -376,15 +366,12 @@ def maps_backward_kernel(
 ):  # fmt: skip
     """Back through the mappings of BT tokens: to `sums`, and to this program's share of b and alpha."""
     M: tl.constexpr = n * n + 2 * n
-    start = tl.program_id(0).to(tl.int64) * BT
-    row = tl.arange(0, BT)
-    live = start + row < T
+    start, row, live = tokens(T, BT)
     at_n, at_nn, i, ij = map_offsets(row, n)
     live_n, live_nn = live[:, None], live[:, None, None]
     pre, post, res, pre_logits, post_logits, res_logits, r = load_logits(
         sums_ptr, alpha_ptr, b_ptr, start, row, live, T, SHARES, size, eps, n
     )
-    r = tl.where(live, r, 1.0)
 
     # back through sigmoid, 2 sigmoid and Sinkhorn (Eq 17-19); dead rows come in as zero and stay zero. H (1 - H) would
     # be 0 for a gate near 1: 1 - H = sigmoid(-logit)
@@ -426,9 +413,7 @@ def streams_backward_kernel(
     """Back through streams_kernel, and read_kernel too, for BT tokens and TILES tiles of their channels."""
     UNROLL: tl.constexpr = n if n < 8 else 1  # as in streams_kernel
     dtype = x_ptr.dtype.element_ty
-    start = tl.program_id(0).to(tl.int64) * BT
-    row = tl.arange(0, BT)
-    live = start + row < T
+    start, row, live = tokens(T, BT)
     s = tl.arange(0, n)
     x_ptr += start * n * C
     d_x_ptr += start * n * C
@@ -543,32 +528,21 @@ def phi_backward_kernel(
 
 # Tokens, channels, warps and pipeline stages of one program, by maker and kernel, for bf16 x; the table after it
 # replaces rows. Chosen by compiling, not by timing: the largest tiles that spill nothing. phi costs 192/BT units a
-# pass, so BT is as large as registers allow; 64 bytes a row (BC = 32) are two full sectors. AMD's warps are twice as
-# wide (8 channels a thread, one 128-bit access, take tiles twice as large) and share 64 KB a workgroup, hence fewer
-# stages. `maps` has no product, so nothing to pipeline for. Widths smaller than a tile shrink it (blocks).
+# pass, so BT is as large as registers allow; 64 bytes a row (BC = 32) are two full sectors. On NVIDIA
+# `streams_backward` moves 64 bits a thread, so that its loads can be pipelined without a spill: with 128 (BC = 64) they
+# cannot. AMD's warps are twice as wide (8 channels a thread, one 128-bit access, take tiles twice as large) and share
+# 64 KB a workgroup, hence fewer stages. Widths smaller than a tile shrink it (blocks).
 BLOCKS = {
-    "nvidia": {
-        "streams": (64, 32, 8, 3),
-        "maps": (16, 1, 1, 1),
-        "read": (16, 128, 4, 1),
-        "read_backward": (16, 64, 4, 1),
-        "maps_backward": (16, 1, 1, 1),
-        "streams_backward": (32, 32, 8, 3),
-        "phi_backward": (32, 256, 8, 3),
-    },
-    "amd": {
-        "streams": (64, 32, 4, 2),
-        "maps": (64, 1, 4, 1),
-        "read": (16, 128, 4, 1),
-        "read_backward": (16, 128, 4, 1),
-        "maps_backward": (16, 1, 4, 1),
-        "streams_backward": (32, 64, 4, 1),
-        "phi_backward": (32, 256, 8, 2),
-    },
+    "streams": {"nvidia": (64, 32, 8, 3), "amd": (64, 32, 4, 2)},
+    "maps": {"nvidia": (16, 1, 1, 1), "amd": (64, 1, 4, 1)},
+    "read": {"nvidia": (16, 128, 4, 1), "amd": (16, 128, 4, 1)},
+    "read_backward": {"nvidia": (16, 64, 4, 1), "amd": (16, 128, 4, 1)},
+    "maps_backward": {"nvidia": (16, 1, 1, 1), "amd": (16, 1, 4, 1)},
+    "streams_backward": {"nvidia": (32, 32, 8, 3), "amd": (32, 64, 4, 1)},
+    "phi_backward": {"nvidia": (32, 256, 8, 3), "amd": (32, 256, 8, 2)},
 }
 # Rows instead, by maker, dtype of x and whether it has 8 streams. Products in tf32x3 hold two parts of each operand,
-# and 80 columns of phi are padded to 128: smaller tiles. With 8 streams `streams_backward` moves 64 bits at a time (one
-# entry of fp16 or fp32 on NVIDIA, where `streams` moves 64 bits of fp16); everything else moves 128.
+# and 80 columns of phi are padded to 128: smaller tiles.
 BLOCKS_INSTEAD = {
     ("nvidia", torch.float16, False): {"streams": (64, 16, 4, 1), "streams_backward": (16, 64, 8, 1)},
     ("nvidia", torch.float32, False): {"streams": (64, 16, 8, 2), "streams_backward": (16, 64, 8, 1)},
@@ -603,8 +577,8 @@ def power_of_2(a):
 
 def blocks(kernel, n, C, dtype=torch.bfloat16):
     """Tokens, channels, and the launch options of one program."""
-    rows = BLOCKS[MAKER] | BLOCKS_INSTEAD.get((MAKER, dtype, n == 8), {})
-    BT, BC, warps, stages = rows[kernel]
+    instead = BLOCKS_INSTEAD.get((MAKER, dtype, n == 8), {})
+    BT, BC, warps, stages = instead.get(kernel) or BLOCKS[kernel][MAKER]
     return BT, max(16, min(BC, power_of_2(C))), {"num_warps": warps, "num_stages": stages}
 
 

@@ -22,15 +22,16 @@ PHI = (*STREAMS, "phi_backward_kernel")  # what differs between dtypes, but for 
 OLD = sinkhorn_kernel.triton is not None and tuple(map(int, sinkhorn_kernel.triton.__version__.split(".")[:2])) < (3, 7)
 
 # n, dtype, form, single-pass, targets, kernels (None: all)
-CASES = [(4, "bfloat16", "middle", False, TARGETS, None), (4, "bfloat16", "middle", True, TARGETS, STREAMS)]
-CASES += [(4, "bfloat16", form, False, TARGETS, STREAMS) for form in ("first", "last")]
-CASES += [(4, "bfloat16", "first", True, ("sm_90",), STREAMS), (2, "bfloat16", "middle", False, ("sm_90",), None)]
-CASES += [(n, "bfloat16", "middle", True, TARGETS, STREAMS) for n in (2, 1)]
+CASES = [(4, "bfloat16", "middle", False, TARGETS, None), (2, "bfloat16", "middle", False, ("sm_90",), None)]
+CASES += [(n, "bfloat16", "middle", True, TARGETS, STREAMS) for n in (4, 2, 1)]
+CASES += [(4, "bfloat16", form, False, ("sm_80", "sm_90", "gfx942"), STREAMS) for form in ("first", "last")]
+CASES += [(4, "bfloat16", "first", True, ("sm_90",), STREAMS)]
 if not OLD:
     CASES += [(4, dtype, "middle", True, TARGETS, PHI) for dtype in ("float32", "float16")]
-    CASES += [(2, "float32", "first", False, TARGETS, STREAMS), (8, "bfloat16", "middle", False, TARGETS, None)]
-    CASES += [(8, "bfloat16", form, form == "middle", ("sm_90",), STREAMS) for form in ("first", "middle", "last")]
+    CASES += [(8, "bfloat16", "middle", False, TARGETS, (*PHI, "maps_backward_kernel"))]
+    CASES += [(8, "bfloat16", form, form == "middle", ("sm_90",), STREAMS) for form in ("middle", "last")]
     CASES += [(8, dtype, "middle", True, TARGETS, PHI) for dtype in ("float32", "float16")]
+    CASES += [(2, "float32", "first", False, ("sm_90",), STREAMS)]
 
 
 @pytest.fixture(scope="module")
