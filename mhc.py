@@ -16,7 +16,15 @@ import torch
 import mhc_cpu
 import mhc_gpu
 from mhc_gpu import STREAMS
-from mhc_ref import mhc_coeffs_ref, mhc_post_res_ref, mhc_pre_ref, mhc_step_ref, sinkhorn_ref
+from mhc_ref import (
+    hc_coeffs_ref,
+    hc_step_ref,
+    mhc_coeffs_ref,
+    mhc_post_res_ref,
+    mhc_pre_ref,
+    mhc_step_ref,
+    sinkhorn_ref,
+)
 from sinkhorn_kernel import triton
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -24,7 +32,8 @@ from sinkhorn_kernel import triton
 
 IMPLS = ("ref", "eager", "triton")
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_INTERPRET=1: kernels run on a CPU
-mhc_coeffs, mhc_pre = mhc_coeffs_ref, mhc_pre_ref  # for a look at the mappings; a model's forward needs neither
+# for a look at the mappings, and the end of a model; between sublayers nothing needs them
+mhc_coeffs, hc_coeffs, mhc_pre = mhc_coeffs_ref, hc_coeffs_ref, mhc_pre_ref
 
 
 @torch.compiler.assume_constant_result
@@ -95,15 +104,25 @@ def mhc_post_res(x, y, H_post, H_res, impl="auto"):
     return mhc_gpu.mhc_post_res(x, y, H_post, H_res)
 
 
-def hc_step(x, y, H_post, H_res, maps, impl="auto"):
-    """mhc_step for any other mappings of the streams: HC's, say.
+def hc_step(x, y, H_post, H_res, theta, alpha, b, eps=1e-20, impl="auto"):
+    """mhc_step for Hyper-Connections: theta (C, n+2), alpha (3,), b (n^2+2n,) make unconstrained mappings (Eq 5)."""
+    impl = resolve_impl(impl, x.device, x.shape[-2])
+    if impl == "ref":
+        return hc_step_ref(x, y, H_post, H_res, theta, alpha, b, eps)
+    if impl == "eager":
+        return mhc_cpu.hc_step(x, y, H_post, H_res, theta, alpha, b, eps)
+    return hyper_step(x, y, H_post, H_res, lambda x: hc_coeffs(x, theta, alpha, b, eps), impl)
+
+
+def hyper_step(x, y, H_post, H_res, maps, impl="auto"):
+    """mhc_step for any other mappings of the streams.
 
     maps: a differentiable function, x_next (..., n, C) -> H_pre (..., n), H_post (..., n), H_res (..., n, n). The rest
     as in mhc_step. impl: see resolve_impl.
     """
     impl = resolve_impl(impl, x.device, x.shape[-2])
     if impl == "triton":
-        return mhc_gpu.hc_step(x, y, H_post, H_res, maps)
+        return mhc_gpu.hyper_step(x, y, H_post, H_res, maps)
     x_next = x if y is None else mhc_post_res(x, y, H_post, H_res, impl)
     H_pre, H_post, H_res = maps(x_next)
     return x_next, mhc_pre(x_next, H_pre), H_post, H_res

@@ -2,6 +2,7 @@
 
     x_next, x_in, H_post, H_res = mhc_step(x, y, H_post, H_res, phi, alpha, b)                 # impl='eager'
     x_next, x_in, H_pre, H_post, H_res = mhc_step(x, y, H_post, H_res, ..., H_pre=H_pre)       # single-pass mHC
+    x_next, x_in, H_post, H_res = hc_step(x, y, H_post, H_res, theta, alpha, b)                # Hyper-Connections
     x_next = mhc_post_res(x, y, H_post, H_res)                                                 # after the last sublayer
 
 The twins in mhc_ref.py are the mathematics and document arguments and results; this file is the same mathematics
@@ -12,8 +13,8 @@ The arithmetic is cheap; the time goes into moving the nC numbers of every token
 - It works in tiles: all steps of a pass run over a block of tokens that stays in cache, and scratch memory is a
   tile, not a tensor (fresh pages of memory cost as much as the arithmetic).
 - Two halves that know nothing of each other. The streams: products of rows of x with phi and with n x n matrices. The
-  maps: what makes H_pre, H_post, H_res of a token out of its projections, a few dozen numbers, tokens innermost.
-  Another manifold is another function in the second half; any that autograd can differentiate will do.
+  maps: what makes H_pre, H_post, H_res of a token out of its projections, a few dozen numbers, tokens innermost. HC,
+  and mHC on another manifold than Sinkhorn's, have another function for the maps, and leave its gradient to autograd.
 - At a width like 64 the maps cost as much as the streams. Sinkhorn is then 40 operations on vectors of all tokens, on M
   itself where its entries stay within fp32 and on log M where they would not.
 
@@ -31,7 +32,7 @@ import torch
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from mhc_ref import map_dtype
+from mhc_ref import hc_maps_ref, map_dtype, mhc_maps_ref
 
 TILE_BYTES = 8 << 20  # of x in a tile: smaller ones pay more for starting operations than the L2 cache gives back
 # Tokens with a logit beyond +-LARGE go by logarithms. Up to there entries of M start within e^+-40; sums of up to
@@ -115,23 +116,19 @@ def by_size(direct, by_log, logits, *others):
 
 def logits_of(proj, r, alpha, b, n):
     """Eq 16: proj (K, T), r (T,) -> logits (K, T); with the factor alpha of each logit (K, 1), and proj / r."""
-    factor = column(torch.cat([alpha[0].expand(n), alpha[1].expand(n), alpha[2].expand(len(b) - 2 * n)]))
+    factor = column(torch.cat([alpha[0].expand(n), alpha[1].expand(n), alpha[2].expand(n * n)]))
     unit = proj / r
     return torch.addcmul(column(b), factor, unit), factor, unit
 
 
-def mhc_maps(proj, r, alpha, b, n, sinkhorn_iters, manifold):
+def mhc_maps(proj, r, alpha, b, n, sinkhorn_iters):
     """Eq 16-19: proj (K, T), r (T,) -> H_pre (T, n), H_post (T, n), H_res (T, n, n)."""
-    logits, _, _ = logits_of(proj, r, alpha, b, n)
-    pre, post, res = logits.split([n, n, len(b) - 2 * n])
-    if manifold is None:
-        H_res = sinkhorn(res.unflatten(0, (n, n)), sinkhorn_iters).permute(2, 0, 1)
-    else:
-        H_res = manifold(res.t())
-    return pre.sigmoid().t(), 2 * post.sigmoid().t(), H_res
+    pre, post, res = logits_of(proj, r, alpha, b, n)[0].split([n, n, n * n])
+    H_res = sinkhorn(res.unflatten(0, (n, n)), sinkhorn_iters)
+    return pre.sigmoid().t(), 2 * post.sigmoid().t(), H_res.permute(2, 0, 1)
 
 
-def mhc_maps_backward(g_pre, g_post, g_res, proj, r, alpha, b, n, sinkhorn_iters, manifold):
+def mhc_maps_backward(g_pre, g_post, g_res, proj, r, alpha, b, n, sinkhorn_iters):
     """From the gradients of H_pre (T, n), H_post (T, n) and H_res (T, n, n), each perhaps None:
 
     -> H_pre (T, n), made again; gradients of proj (K, T), of r^2 / 2 (T,), of alpha (3,), of b (K,).
@@ -145,25 +142,30 @@ def mhc_maps_backward(g_pre, g_post, g_res, proj, r, alpha, b, n, sinkhorn_iters
     if g_post is not None:
         torch.mul(slope[n:], 2 * g_post.t(), out=g[n : 2 * n])
     if g_res is not None:
-        g[2 * n :] = res_backward(g_res, logits[2 * n :], n, sinkhorn_iters, manifold)
+        g_res, res = g_res.permute(1, 2, 0).contiguous(), logits[2 * n :].unflatten(0, (n, n))  # (n, n, T)
+        g[2 * n :] = sinkhorn_backward(g_res, res, sinkhorn_iters).flatten(0, 1)
     g_b, g_factor = g.sum(1), (g * unit).sum(1)
-    g_alpha = torch.stack([part.sum() for part in g_factor.split([n, n, len(b) - 2 * n])])
+    g_alpha = torch.stack([part.sum() for part in g_factor.split([n, n, n * n])])
     g *= factor
     g_half_square = -(g * unit).sum(0) / r.square()  # r divides every logit; d(r^2 / 2) = r dr
     return gates[:n].t(), g / r, g_half_square, g_alpha, g_b
 
 
-def res_backward(g_res, logits, n, sinkhorn_iters, manifold):
-    """The gradient of H_res (T, n, n) -> that of its logits (K - 2n, T)."""
-    if manifold is None:
-        g_res = g_res.permute(1, 2, 0).contiguous()  # (n, n, T)
-        return sinkhorn_backward(g_res, logits.unflatten(0, (n, n)), sinkhorn_iters).flatten(0, 1)
-    with torch.enable_grad():
-        leaf = logits.t().detach().requires_grad_()
-        H_res = manifold(leaf)
-    if not H_res.requires_grad:  # a constant
-        return torch.zeros_like(logits)
-    return torch.autograd.grad(H_res, leaf, g_res)[0].t()
+def by_autograd(maps):
+    """What mhc_maps_backward is to mhc_maps, for any other maps in plain PyTorch."""
+
+    def maps_backward(g_pre, g_post, g_res, proj, r, *params):
+        with torch.enable_grad():
+            leaves = [v.detach().requires_grad_() for v in (proj, r, *params)]
+            made = maps(*leaves)
+        outs = [(H, g) for H, g in zip(made, (g_pre, g_post, g_res), strict=True) if g is not None and H.requires_grad]
+        grads = [torch.zeros_like(v) for v in leaves]
+        if outs:
+            H, g = zip(*outs, strict=True)
+            grads = torch.autograd.grad(H, leaves, g, allow_unused=True, materialize_grads=True)
+        return made[0].detach(), grads[0], grads[1] / r, *grads[2:]
+
+    return maps_backward
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -247,28 +249,30 @@ class PostRes(Function):
 class Step(Function):
     """A whole boundary: Eq 3, the maps of x_next, and x_in, read through them or, in single-pass mHC, through H_pre.
 
-    x (T, n, C), y (T, C), H_post (T, n), H_res (T, n, n), H_pre (T, n), phi (nC, K); the first form has y = H_post =
-    H_res = None, the paper's mHC H_pre = None. maps and maps_backward: functions like mhc_maps and mhc_maps_backward,
-    which get `params` behind proj and r. -> x_next (T, n, C), x_in (T, C), and the new H_pre, H_post, H_res.
+    x (T, n, C), y (T, C), H_post (T, n), H_res (T, n, n), H_pre (T, n); the first form has y = H_post = H_res = None,
+    all but single-pass mHC H_pre = None. phi (W, K): of all streams together, W = nC, or of each by itself, W = C (HC);
+    then what stands for tokens in proj and r, (K, T) and (T,), are all streams of all tokens.
+    maps and maps_backward: functions like mhc_maps and mhc_maps_backward, which get `params` behind proj and r.
+    -> x_next (T, n, C), x_in (T, C), and the new H_pre, H_post, H_res.
     """
 
     @staticmethod
     def forward(ctx, x, y, H_post, H_res, H_pre, phi, eps, maps, maps_backward, *params):
-        T, n, C = x.shape
-        dtype = map_dtype(x)
+        (T, n, C), (W, K) = x.shape, phi.shape
+        dtype, R = map_dtype(x), n * C // W  # R rows of width W a token
         x_next = x if y is None else torch.empty_like(x)
         x_in = x.new_empty(T, C)
-        proj, r, *new = (x.new_empty(s, dtype=dtype) for s in ((phi.shape[1], T), T, (T, n), (T, n), (T, n, n)))
+        proj, r, *new = (x.new_empty(s, dtype=dtype) for s in ((K, T * R), T * R, (T, n), (T, n), (T, n, n)))
         phi_t, *wide = phi.to(dtype).t().contiguous(), *(p.to(dtype) for p in params)
         with torch.autocast(x.device.type, enabled=False):
             for s in tiles(x, dtype):
                 if y is not None:
                     post_res_tile(*cut(s, dtype, x, y, H_post, H_res), out=x_next[s])
                 streams = x_next[s].to(dtype)  # as rounded: what a replay from the stored x_next sees
-                v = streams.flatten(1)  # (T, nC)
-                torch.mm(phi_t, v.t(), out=proj[:, s])  # Eq 14
-                r[s] = (torch.linalg.vector_norm(v, dim=1).square() / (n * C) + eps).sqrt()  # Eq 15
-                for H, made in zip(new, maps(proj[:, s], r[s], *wide), strict=True):
+                v, rows = streams.view(-1, W), slice(R * s.start, R * s.stop)
+                torch.mm(phi_t, v.t(), out=proj[:, rows])  # Eq 14
+                r[rows] = (torch.linalg.vector_norm(v, dim=1).square() / W + eps).sqrt()  # Eq 15
+                for H, made in zip(new, maps(proj[:, rows], r[rows], *wide), strict=True):
                     H[s] = made
                 weighted_sum(streams, (new[0] if H_pre is None else H_pre)[s].to(dtype), x_in[s])
         ctx.save_for_backward(x, y, H_post, H_res, H_pre, x_next, proj, r, phi, *params)
@@ -280,14 +284,14 @@ class Step(Function):
     @once_differentiable
     def backward(ctx, g_next, g_in, g_pre, g_post, g_res):
         x, y, H_post, H_res, H_pre, x_next, proj, r, phi, *params = ctx.saved_tensors
-        T, n, C = x.shape
-        dtype = map_dtype(x)
+        (_, n, C), W = x.shape, len(phi)
+        dtype, R = map_dtype(x), n * C // W
         grads = [torch.empty_like(v) for v in ((x,) if y is None else (x, y, H_post, H_res))]
         g_H_pre = None if H_pre is None or g_in is None else torch.empty_like(H_pre)
         wide = [p.to(dtype) for p in params]
         g_params = [torch.zeros_like(p) for p in wide]
         phi_t = phi.to(dtype).t().contiguous()
-        g_phi = torch.zeros_like(phi_t)  # (K, nC): faster this way round
+        g_phi = torch.zeros_like(phi_t)  # (K, W): faster this way round
         with torch.autocast(x.device.type, enabled=False):
             for s in tiles(x, dtype):
                 streams, tile_in, tile_pre, *g_maps = cut(s, dtype, x_next, g_in, H_pre, g_pre, g_post, g_res)
@@ -295,14 +299,15 @@ class Step(Function):
                     g_maps[0] = dot(streams, tile_in)
                 elif g_in is not None:
                     g_H_pre[s] = dot(streams, tile_in)
-                made, g_proj, g_half_square, *g_tile = ctx.maps_backward(*g_maps, proj[:, s], r[s], *wide)
+                v, rows = streams.view(-1, W), slice(R * s.start, R * s.stop)
+                made, g_proj, g_half_square, *g_tile = ctx.maps_backward(*g_maps, proj[:, rows], r[rows], *wide)
                 for total, g in zip(g_params, g_tile, strict=True):
                     total += g  # tile after tile: a fixed order
-                v, norm = streams.flatten(1), column(g_half_square / (n * C))
                 g_phi.addmm_(g_proj, v)
+                norm = column(g_half_square / W)
                 # the gradient of x_next: through Eq 15 and from the boundary after the next sublayer,
-                g = norm * v if g_next is None else torch.addcmul(g_next[s].to(dtype).flatten(1), norm, v)
-                g = g.addmm_(g_proj.t(), phi_t).unflatten(1, (n, C))  # through Eq 14,
+                g = norm * v if g_next is None else torch.addcmul(g_next[s].to(dtype).reshape(-1, W), norm, v)
+                g = g.addmm_(g_proj.t(), phi_t).reshape(-1, n, C)  # through Eq 14,
                 if g_in is not None:  # and through x_in
                     g.addcmul_(column(made if H_pre is None else tile_pre), tile_in.unsqueeze(1))
                 if y is None:
@@ -328,15 +333,35 @@ def flat(x, y, H_post, H_res, H_pre=None):
     return [v if v is None else v.reshape(s).contiguous() for v, s in pairs]
 
 
+def step(x, y, H_post, H_res, H_pre, *args):
+    """Step, with any leading dimensions; the new H_pre only where one was given."""
+    outs = Step.apply(*flat(x, y, H_post, H_res, H_pre), *args)
+    x_next, x_in, *maps = (v.view(*x.shape[:-2], *v.shape[1:]) for v in outs)
+    return x_next, x_in, *maps[H_pre is None :]
+
+
 def mhc_step(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters=20, eps=1e-20, H_pre=None, manifold=None):
     """impl='eager' of the boundary between two sublayers: arguments and results as mhc_ref.mhc_step_ref."""
-    lead, n = x.shape[:-2], x.shape[-2]
-    maps, maps_backward = (
-        partial(f, n=n, sinkhorn_iters=sinkhorn_iters, manifold=manifold) for f in (mhc_maps, mhc_maps_backward)
-    )
-    outs = Step.apply(*flat(x, y, H_post, H_res, H_pre), phi, eps, maps, maps_backward, alpha, b)
-    x_next, x_in, *maps = (v.view(*lead, *v.shape[1:]) for v in outs)
-    return x_next, x_in, *maps[H_pre is None :]
+    n = x.shape[-2]
+    if manifold is None:
+        maps, maps_backward = (partial(f, n=n, sinkhorn_iters=sinkhorn_iters) for f in (mhc_maps, mhc_maps_backward))
+    else:
+
+        def maps(proj, r, alpha, b):
+            return mhc_maps_ref(proj.t(), column(r), alpha, b, n, manifold=manifold)
+
+        maps_backward = by_autograd(maps)
+    return step(x, y, H_post, H_res, H_pre, phi, eps, maps, maps_backward, alpha, b)
+
+
+def hc_step(x, y, H_post, H_res, theta, alpha, b, eps=1e-20):
+    """impl='eager' of HC's boundary: arguments and results as mhc_ref.hc_step_ref."""
+    n = x.shape[-2]
+
+    def maps(proj, r, alpha, b):
+        return hc_maps_ref(proj.t().unflatten(0, (-1, n)), column(r).unflatten(0, (-1, n)), alpha, b)
+
+    return step(x, y, H_post, H_res, None, theta, eps, maps, by_autograd(maps), alpha, b)
 
 
 def mhc_post_res(x, y, H_post, H_res):

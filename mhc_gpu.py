@@ -1,7 +1,7 @@
 """mHC on a GPU: launches sinkhorn_kernel.py's kernels and gives them gradients. impl='triton' of mhc.py.
 
 Each `operator` launches one kernel (with what it needs to add up shares) and stands for itself under torch.compile.
-Streams, Maps and Read give them gradients; mhc_step, hc_step and mhc_post_res put these together. The twins in
+Streams, Maps and Read give them gradients; mhc_step, hyper_step and mhc_post_res put these together. The twins in
 mhc_ref.py document arguments and results.
 """
 
@@ -389,8 +389,8 @@ def mhc_step(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters=20, eps=1e-20, H
     return x_next, x_in, H_pre_next, H_post, H_res
 
 
-def hc_step(x, y, H_post, H_res, maps):
-    """Arguments and results as mhc.hc_step."""
+def hyper_step(x, y, H_post, H_res, maps):
+    """Arguments and results as mhc.hyper_step."""
     check_for_triton(x, H_post=H_post, H_res=H_res)
     x_next, x_in, gate, _ = Streams.apply(x, y, H_post, H_res, None, None, True)
     H_pre, H_post, H_res = maps(x_next)

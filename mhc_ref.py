@@ -67,6 +67,26 @@ def mhc_coeffs_ref(x, phi, alpha, b, sinkhorn_iters=20, eps=1e-20, manifold=None
     return mhc_maps_ref(proj, r, alpha, b, x.shape[-2], sinkhorn_iters, manifold)
 
 
+def hc_maps_ref(proj, r, alpha, b):
+    """Hyper-Connections' three mappings (Eq 5) from projections and norms of each stream: unconstrained, through tanh.
+
+    proj (..., n, n+2), columns pre, post, and n of res; r (..., n, 1) -> as mhc_maps_ref.
+    """
+    n = proj.shape[-2]
+    dynamic = (proj / r).tanh()  # (..., n, n+2): [j, k] = tanh(theta_k . x_j / r_j)
+    pre, post, res = b.to(proj.dtype).split([n, n, n * n])
+    alpha = alpha.to(proj.dtype)
+    H_res = alpha[2] * dynamic[..., 2:].mT + res.view(n, n)  # [i, j] = theta_res[i] . x_j / r_j
+    return alpha[0] * dynamic[..., 0] + pre, alpha[1] * dynamic[..., 1] + post, H_res
+
+
+def hc_coeffs_ref(x, theta, alpha, b, eps=1e-20):
+    """Hyper-Connections' three mappings of one sublayer: x (..., n, C), theta (C, n+2), alpha (3,), b (n^2+2n,)."""
+    v = x.to(map_dtype(x))
+    r = (v.square().mean(-1, keepdim=True) + eps).sqrt()  # (..., n, 1): each stream by itself
+    return hc_maps_ref(v @ theta.to(v.dtype), r, alpha, b)
+
+
 def mhc_pre_ref(x, H_pre):
     """x (..., n, C), H_pre (..., n) -> x_in (..., C) = sum_j H_pre[j] x[j], in x's dtype."""
     return (H_pre.unsqueeze(-1) * x).sum(-2).to(x.dtype)
@@ -98,3 +118,10 @@ def mhc_step_ref(x, y, H_post, H_res, phi, alpha, b, sinkhorn_iters=20, eps=1e-2
     if H_pre is None:
         return x_next, mhc_pre_ref(x_next, H_pre_next), H_post, H_res
     return x_next, mhc_pre_ref(x_next, H_pre), H_pre_next, H_post, H_res
+
+
+def hc_step_ref(x, y, H_post, H_res, theta, alpha, b, eps=1e-20):
+    """Hyper-Connections' boundary, as mhc_step_ref's: theta (C, n+2), alpha (3,), b (n^2+2n,) of the sublayer after."""
+    x_next = x if y is None else mhc_post_res_ref(x, y, H_post, H_res)
+    H_pre, H_post, H_res = hc_coeffs_ref(x_next, theta, alpha, b, eps)
+    return x_next, mhc_pre_ref(x_next, H_pre), H_post, H_res

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from manifolds import MANIFOLDS, check_manifold
-from mhc import hc_step, mhc_coeffs, mhc_post_res, mhc_pre, mhc_step
+from mhc import hc_coeffs, hc_step, hyper_step, mhc_coeffs, mhc_post_res, mhc_pre, mhc_step
 from mhc_ref import map_dtype
 
 MAPS = ("pre", "post", "res")  # in the order of phi, theta, alpha and b
@@ -232,7 +232,7 @@ class HyperConnection(Residual):
 
     def forward(self, x, y, carry):
         with torch.autocast(x.device.type, enabled=False):
-            x, x_in, *carry = hc_step(x, y, *(carry or (None, None)), self.maps, self.impl)
+            x, x_in, *carry = hyper_step(x, y, *(carry or (None, None)), self.maps, self.impl)
         return x, x_in, tuple(carry)
 
     def close(self, x, y, carry):
@@ -271,18 +271,21 @@ class HC(HyperConnection):
         """H_res is not stochastic, and acts wherever it stands."""
         return not self.pre_is_a_scale(), True, True
 
+    def projection(self):
+        """theta, alpha, b with the maps that have no effect cut out."""
+        theta = self.cut(self.theta, (1, 1, self.n))
+        return theta, self.cut(self.alpha, (1, 1, 1)), self.cut(self.b, self.sizes)
+
     def maps(self, x):
-        n = self.n
         with torch.autocast(x.device.type, enabled=False):  # mappings are fp32 under bf16 training too
-            x_norm = F.rms_norm(x.to(map_dtype(x)), (x.shape[-1],), None, self.eps)
-            theta = self.cut(self.theta, (1, 1, n)).to(x_norm.dtype)
-            dynamic = (x_norm @ theta).tanh()  # (..., n, n+2): [j, k] = theta_k . x_norm_j
-            alpha, b = self.cut(self.alpha, (1, 1, 1)), self.cut(self.b, self.sizes)
-            b_pre, b_post, b_res = b.split(self.sizes)
-            H_pre = alpha[0] * dynamic[..., 0] + b_pre
-            H_post = alpha[1] * dynamic[..., 1] + b_post
-            H_res = alpha[2] * dynamic[..., 2:].mT + b_res.view(n, n)  # [i, j] = theta_res[i] . x_norm_j
-        return H_pre, H_post, H_res
+            return hc_coeffs(x, *self.projection(), self.eps)
+
+    def forward(self, x, y, carry):
+        """HyperConnection's in one operation."""
+        H_post, H_res = carry or (None, None)
+        with torch.autocast(x.device.type, enabled=False):
+            x, x_in, *maps = hc_step(x, y, H_post, H_res, *self.projection(), self.eps, self.impl)
+        return x, x_in, tuple(maps)
 
     def first_value(self, name, shape, generator):
         if name == "theta":
@@ -296,9 +299,10 @@ class HC(HyperConnection):
 
     @staticmethod
     def kept_bytes(config, e):
-        """No fused kernel: the streams also in fp32 and normed, for the mappings and for H_pre x."""
+        """Of each stream n + 2 projections and r; and, where impl is not 'eager', bf16 streams also in fp32."""
         n, C = config.n_streams, config.n_embd
-        return HyperConnection.kept_bytes(config, e) + 4 * (2 if e == 2 else 1) * n * C + projection_bytes(n, n * n)
+        wide = 4 * n * C if e == 2 and config.impl != "eager" else 0
+        return HyperConnection.kept_bytes(config, e) + wide + 4 * n * (n + 3)
 
 
 class MHC(HyperConnection):

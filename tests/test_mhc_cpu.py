@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 import mhc_cpu
 from manifolds import MANIFOLDS
-from mhc_ref import mhc_post_res_ref, mhc_step_ref, sinkhorn_ref
+from mhc_ref import hc_step_ref, mhc_post_res_ref, mhc_step_ref, sinkhorn_ref
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +157,20 @@ def test_saturated_gates_keep_their_gradient():
     torch.testing.assert_close(ours[:8].double(), truth[:8], rtol=1e-4, atol=0)
 
 
+HC = dict(step=mhc_cpu.hc_step, twin=hc_step_ref)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 2, 4, 8])
+def test_hyper_connections_have_the_same_streams_and_their_own_maps(n, dtype):
+    args = inputs(63, n, 33, dtype)
+    args[4] = torch.randn(33, n + 2) / 33**0.5
+    close(args, **HC)
+    close(without_y(args), **HC)
+    for used in ((1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 1)):
+        close(args, **HC, used=used)
+
+
 def test_gradcheck():
     args = [v.requires_grad_() for v in inputs(3, 2, 5, torch.float64, 3)]
     assert torch.autograd.gradcheck(lambda *a: mhc_cpu.mhc_step(*a, sinkhorn_iters=7, eps=0.1), args)
@@ -164,6 +178,8 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(mhc_cpu.mhc_post_res, args[:4])
     args.append(torch.rand(3, 2, dtype=torch.float64).requires_grad_())
     assert torch.autograd.gradcheck(single_pass(mhc_cpu.mhc_step), args)
+    theta = torch.randn(5, 4, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *a: mhc_cpu.hc_step(*a, eps=0.1), [*args[:4], theta, *args[5:7]])
     assert torch.autograd.gradcheck(lambda *a: single_pass(mhc_cpu.mhc_step)(*without_y(a)), args)
 
 

@@ -109,7 +109,7 @@ def test_other_manifolds_take_sinkhorns_place(name, form, interpreted):
 @needs_triton
 @pytest.mark.parametrize("form", ["first", "middle"])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_hc_step_reads_through_any_maps(dtype, form, interpreted):
+def test_hyper_step_reads_through_any_maps(dtype, form, interpreted):
     """Maps that are functions of the streams by PyTorch; their gradient and the read's meet in the streams' kernel."""
 
     def maps(x):
@@ -117,9 +117,9 @@ def test_hc_step_reads_through_any_maps(dtype, form, interpreted):
         return dynamic + 1, 2 * dynamic - 1, dynamic.unsqueeze(-1) * dynamic.flip(-1).unsqueeze(-2)
 
     tensors = make_inputs(17, 4, 40, dtype, form=form)[:4]
-    got = outputs_and_grads(lambda *t: mhc.hc_step(*t, maps, impl="triton"), tensors)
-    twin = outputs_and_grads(lambda *t: mhc.hc_step(*t, maps, impl="ref"), tensors)
-    want = outputs_and_grads(lambda *t: mhc.hc_step(*t, maps, impl="ref"), tensors, torch.float64)
+    got = outputs_and_grads(lambda *t: mhc.hyper_step(*t, maps, impl="triton"), tensors)
+    twin = outputs_and_grads(lambda *t: mhc.hyper_step(*t, maps, impl="ref"), tensors)
+    want = outputs_and_grads(lambda *t: mhc.hyper_step(*t, maps, impl="ref"), tensors, torch.float64)
     assert_as_good_as_twin(got, twin, want, range(len(got)))
 
 
@@ -175,6 +175,9 @@ def test_every_impl_is_dispatched(impl):
     for g, w in zip(mhc.mhc_step(*tensors, impl=impl), want, strict=True):
         torch.testing.assert_close(g, w)
     torch.testing.assert_close(mhc.mhc_post_res(*tensors[:4], impl=impl), want[0])
+    hc = [*tensors[:4], tensors[4][:20, :5].contiguous(), *tensors[5:]]
+    for g, w in zip(mhc.hc_step(*hc, impl=impl), mhc.hc_step_ref(*hc), strict=True):
+        torch.testing.assert_close(g, w)
     assert torch.equal(mhc.sinkhorn(tensors[3]), mhc.sinkhorn_ref(tensors[3]))
     with pytest.raises(ValueError, match="sinkhorn has 'auto', 'ref' and 'triton'"):
         mhc.sinkhorn(tensors[3], impl="eager")
