@@ -246,6 +246,16 @@ def test_a_model_trains_on_every_manifold(name, single_pass):
     assert alarms(MHC, res_gradients(model.residuals()), spreads, H_res) == []
 
 
+@pytest.mark.parametrize("name", [name for name in MANIFOLDS if name != "sinkhorn"])
+def test_the_kernels_take_every_manifold(name):
+    """Triton's interpreter; single-pass or not in turns."""
+    pytest.importorskip("triton")
+    single_pass = list(MANIFOLDS).index(name) % 2 == 0
+    found = loss_and_gradients(make(name, single_pass, impl="triton"))
+    for a, b in zip(found, loss_and_gradients(make(name, single_pass, impl="ref")), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=2e-3)
+
+
 @pytest.mark.parametrize("single_pass", [False, True])
 @pytest.mark.parametrize("name", MANIFOLDS)
 def test_recomputation_changes_no_bit_on_any_manifold(name, single_pass):
