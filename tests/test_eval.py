@@ -192,7 +192,7 @@ def test_a_diverged_checkpoint_is_refused_and_the_others_are_scored(command, run
     checkpoint.save(runs / "diverged", 30, model, torch.optim.AdamW(model.parameters()), {}, settings)
     with pytest.raises(TaskError, match="not scored: diverged/step-00000030"):
         command("diverged", "mhc", "--tasks=piqa,triviaqa", "--out_dir=nan")
-    assert "missing: diverged/step-00000030: norm.weight holds what is no number: take a" in capsys.readouterr().out
+    assert "diverged/step-00000030: norm.weight holds what is no number: take a" in capsys.readouterr().out
     with pytest.raises(checkpoint.CheckpointError, match="holds what is no number"):
         command("diverged", "--tasks=piqa", "--out_dir=nan")
     assert [r["checkpoint"] for r in results(runs / "nan")["records"]] == ["mhc/step-00000020"] * 2
