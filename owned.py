@@ -3,19 +3,19 @@
 Only what we made and marked is ever deleted, moved or overwritten. Links are not followed. What is refused is named
 in one line, and the program ends with exit code 2.
 
-made     A folder of ours holds .made_by_mhc, which says what it is: a run, a corpus, an evaluation's results, a drill.
-         What is ours in it are the names of NAMES below; any other name is a stranger's, and stays where it is.
-         A single file (exported weights, a picture) carries a mark inside, by which it is known again.
-strangers A name that is not ours stays, in a folder of ours too; what would take it along is refused. (Only a run that
-         --init_from=scratch moves aside is moved with all that lies in it, and says where to.)
-before   What was made before there were marks is known by its content: good enough to be read and gone on with.
-links    A path that is given may lead through links. The last name of it, which would be deleted, moved or
-         overwritten, may not be one; nor a folder, a FIFO, a device.
-refused  Also: a target inside a checkpoint, and a folder of ours of another kind. It raises NotOurs, before anything
-         is changed.
-whole    A file gets its name once it is complete and on the disk. Until then it has no name at all where the system
-         can do that (O_TMPFILE), so a kill leaves nothing; elsewhere a kill leaves .made_by_mhc.<name>, which the
-         next write of that file clears away.
+made       A folder of ours holds .made_by_mhc, which says what it is: a run, a corpus, results, a drill ....
+           What is ours in it are the names of NAMES below. A single file (exported weights, a picture) carries a mark
+           inside, by which it is known again.
+strangers  A name that is not ours stays, in a folder of ours too; what would take it along is refused. (Only a run that
+           --init_from=scratch moves aside is moved with all that lies in it, and says where to.)
+before     What was made before there were marks is known by its content: good enough to be read and gone on with.
+links      A path that is given may lead through links. The last name of it, which would be deleted, moved or
+           overwritten, may not be one; nor a folder, a FIFO, a device.
+refused    Also: a target inside a checkpoint, and a folder of ours of another kind. It raises NotOurs, before anything
+           is changed.
+whole      A file gets its name once it is complete and on the disk. Until then it has no name at all where the system
+           can do that (O_TMPFILE), so a kill leaves nothing; elsewhere a kill leaves .made_by_mhc.<name>, which the
+           next write of that file clears away.
 """
 
 import contextlib

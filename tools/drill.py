@@ -137,6 +137,7 @@ class Run:
         key, value = MARK.split("=")
         environment = os.environ | {key: value, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         self.torchrun = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        open(self.log, "ab").close()  # said() may be asked before the first line
         # through a pipe: a process whose disk is full must still be able to say so
         threading.Thread(target=self.keep_output, args=(self.torchrun.stdout,), daemon=True).start()
 
