@@ -26,8 +26,9 @@ demo-seeds: .venv/done
 report: .venv/done
 	$(py) tools/report.py
 
+# Two processes of one thread each: a file's tests stay together, for what they share.
 test: .venv/done
-	$(py) -m pytest -q tests
+	OMP_NUM_THREADS=1 $(py) -m pytest -q -n $(jobs) --dist loadfile tests
 
 lint: .venv/done
 	.venv/bin/ruff check .
