@@ -806,7 +806,7 @@ def test_ctrl_c_and_kill(tmp_path):
         (["--tokeniser=gpt2"], 2, "did you mean tokenizer?"),
         (["--dataset=nosuch"], 1, "wanted python, shakespeare, c4, fineweb10b, eval, or a file or folder"),
         (["--tokenizer=bpe"], 1, "unknown tokenizer 'bpe'"),
-        (["--dataset=eval", "--tasks=mmlu,chess"], 1, "unknown task chess: wanted bbh, drop"),
+        (["--dataset=eval", "--tasks=mmlu,chess"], 1, "unknown task chess: wanted arc_easy, bbh"),
         (["--dataset=eval", "--tokens=5"], 2, "tokens=5: not used with dataset=eval"),
         (["--dataset=c4", "--tokens=5", "--val_fraction=0.5"], 2, "val_fraction=0.5: not used with dataset=c4"),
         (["--tasks=mmlu"], 2, "tasks='mmlu': not used with dataset=python"),
