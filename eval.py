@@ -34,6 +34,7 @@ import time
 import torch
 import torch.distributed as dist
 
+import owned
 from checkpoint import CheckpointError, find, load_model, step_of
 from configurator import at_least, configure, fail, one_of, some
 from evals import report, score
@@ -246,7 +247,8 @@ def main():
         fail(str(e))
     folder = out_dir or os.path.join(run_of(checkpoints[0]), "eval")
     try:
-        os.makedirs(folder, exist_ok=True)
+        if is_main():  # results from before there were marks are known by what is in them; lm_eval.json's writer asks
+            owned.make(folder, "results", lambda f: lm_eval or bool(read_results(os.path.join(f, "results.json"))))
     except OSError as e:
         fail(f"{folder}: the folder for results cannot be made ({e.strerror}); --out_dir= names another")
     if lm_eval:

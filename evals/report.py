@@ -7,6 +7,7 @@ fractions from 0 to 1, shown in per cent; losses (nats, bits per byte) and perpl
 
 import os
 
+import owned
 from evals.stats import PLAIN, holm, paired
 from evals.tasks import TASKS
 
@@ -191,5 +192,6 @@ def picture(records, path):
         partial = " (partial)" if any(r["partial"] for r in mine) else ""
         ax.set(title=f"{title(task)}{partial}", xlabel="training step", ylabel=metric + ("" if scale == 1 else ", %"))
     axes.flat[0].legend(fontsize="small")
-    figure.savefig(path, dpi=150)
+    with owned.whole_file(path, binary=True) as f:
+        figure.savefig(f, dpi=150, format="png")
     plt.close(figure)
