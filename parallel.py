@@ -36,8 +36,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_f
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-import expert_parallel
-import pipeline
 import program
 from configurator import fail
 
@@ -148,6 +146,8 @@ class Ranks:
     def build_pipeline(self, model, schedule, autocast):
         """Leave of a GPT on the meta device the stages of this process. autocast(): the context of a forward."""
         if self.pipe is not None:
+            import pipeline  # here: sample.py and eval.py need none of torch's pipelining
+
             self.pipeline = pipeline.Pipeline(model, self.pipe, schedule, self.device)
             self.pipeline.set_autocast(autocast)
 
@@ -164,6 +164,8 @@ class Ranks:
         # FSDP warns that writing into the view which an F returns would cost its hooks: nothing here writes into it
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         if self.experts is not None:
+            import expert_parallel  # here, as pipeline above
+
             expert_parallel.apply(model, self.experts["expert"])
             for _, block in model.blocks():
                 if hasattr(block.mlp, "experts"):  # on their second dimension: the first is cut over "expert"
