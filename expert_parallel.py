@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from model import Combine, Dispatch, MoE
+from layers import Combine, Dispatch, MoE
 
 
 def apply(model, mesh):

@@ -39,7 +39,8 @@ from torch.distributed.pipelining.schedules import (
 )
 from torch.utils._pytree import tree_map_only
 
-from model import GPT, RESIDUALS, MoE
+from layers import MoE
+from model import GPT, RESIDUALS
 
 SCHEDULES = ("dualpipev", "zbv", "1f1b")
 

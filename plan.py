@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import expert_parallel
-import model as model_file
+import layers
 import pipeline
 import program
 from model import GPT, MHC, RESIDUALS
@@ -166,7 +166,7 @@ def memory(model, s, world, block, held=1):
     if experts:  # of the layer at work: as sent, received, by expert, back; as many received as sent
         parts["tokens on their way to experts and back"] = 4 * e * N * c.num_experts_per_tok * c.n_embd
     parts["gradients of the streams"] = 3 * N * e * c.n_streams * c.n_embd
-    rows = min(N, max(1, model_file.LOGITS_AT_ONCE // c.vocab_size))
+    rows = min(N, max(1, layers.LOGITS_AT_ONCE // c.vocab_size))
     if model.lm_head is not None:
         parts["logits"] = COPIES_OF_LOGITS * 4 * rows * c.vocab_size
         parts["gradient of the head, made with its logits"] = 4 * c.n_embd * c.vocab_size

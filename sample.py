@@ -14,7 +14,7 @@ and can be drawn again alone. (Batches of different size round differently, by a
 to the border between two tokens can go the other way.)
 
 The prompt goes through the model once, whole; every further token goes through it alone and attends to MLA's compressed
-cache (the latent and the RoPE key, model.LatentCache) in absorbed form. `generate` below is the function to import.
+cache (the latent and the RoPE key, layers.LatentCache) in absorbed form. `generate` below is the function to import.
 """
 
 import program

@@ -19,7 +19,7 @@ from itertools import accumulate
 import torch
 
 from evals.batches import Unit, common_prefix, gather, my_share, plan, progress, shared_prefix
-from model import LatentCache
+from layers import LatentCache
 
 MAX_LOGITS = 2**26  # at once: 256 MB in fp32
 NOT_NUMBERS = "the model's output is not a number; take a checkpoint from before it diverged"

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from model import GPT, GPTConfig, LatentCache
+from layers import LatentCache
+from model import GPT, GPTConfig
 from sample import draw, generate, keep_likeliest
 
 PROMPTS = [[5, 3, 8], [1], [7, 7, 2, 9, 4, 11, 6], [5, 3, 8, 10]]  # ragged

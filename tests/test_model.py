@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
+import layers as module
 import mhc_cpu
-import model as module
-from model import GPT, MLA, Combine, Dispatch, Experts, GPTConfig, HeadLoss, MoE, apply_rope, rope_angles
+from layers import MLA, Combine, Dispatch, Experts, HeadLoss, MoE, apply_rope, rope_angles
+from model import GPT, GPTConfig
 from plan import LiveBytes
 from tests.test_residual import TINY, make, tokens
 

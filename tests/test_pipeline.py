@@ -7,8 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
+import layers
 import mhc_cpu
-import model as model_file
 import pipeline
 import recompute
 from model import GPT, GPTConfig, run_sublayers
@@ -89,8 +89,8 @@ def check_once(size, schedule, mode):
 
     mhc_cpu.Step.forward = count(mhc_cpu.Step.forward, "forward")
     mhc_cpu.Step.backward = count(mhc_cpu.Step.backward, "backward")
-    run = model_file.Experts.forward
-    model_file.Experts.forward = lambda self, *a: count(run, "F").__func__(self, *a)
+    run = layers.Experts.forward
+    layers.Experts.forward = lambda self, *a: count(run, "F").__func__(self, *a)
     ranks.pipeline.step(idx, targets, 8)
     sublayers, mixtures = len(gpt.residuals()), len(gpt.gates())
     replays = 1 if mode == "none" else 2

@@ -38,7 +38,8 @@ import torch
 import pipeline
 import recompute
 from configurator import above, at_least, between, configure, fail, one_of, read_file
-from model import GPT, MLA, RESIDUALS, GPTConfig, LatentCache, MoE, RMSNorm, rope_angles
+from layers import MLA, LatentCache, MoE, RMSNorm, rope_angles
+from model import GPT, RESIDUALS, GPTConfig
 from plan import BANDWIDTH, measured_bytes, peak_flops
 from tools import kernel_report, pipeline_report
 
