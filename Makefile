@@ -3,9 +3,6 @@ PYTHON ?= python3
 py := .venv/bin/python
 rounds ?= 50
 jobs ?= 2
-# OpenMP's threads sleep while they wait: see program.py.
-OMP_WAIT_POLICY ?= PASSIVE
-export OMP_WAIT_POLICY
 
 .PHONY: demo demo-seeds report test lint drill clean
 

@@ -16,10 +16,12 @@
     2      a mistake in the command or the settings, found before anything was done
     130    Ctrl-C, at any moment; 143: SIGTERM. train.py's loop finishes its step instead, saves, and ends with 0
 
-OMP_WAIT_POLICY. OpenMP's threads wait for each other by spinning, at every operator. Beside another busy program one of
-them has no core, and the others burn theirs until it gets one: a training on two cores with two neighbours was seen to
-fall to a twentieth of its speed. PASSIVE sleeps instead. `python tools/bench.py neighbour` measures both, and the
-environment's own OMP_WAIT_POLICY is never touched.
+How threads wait. OpenMP's threads wait for each other at every operator, by spinning for milliseconds. Beside another
+busy program one of them has no core, and the others burn theirs until it gets one: a training on two cores with two
+neighbours was seen to fall to a twentieth of its speed. OMP_WAIT_POLICY=PASSIVE sleeps at once instead, and costs a
+quiet machine a third. Between the two lies SPINS, which is the default of every program here (GNU's OpenMP, as in torch
+for Linux, reads it; another ignores it). `python tools/bench.py neighbour` measures all three; whoever sets
+OMP_WAIT_POLICY or GOMP_SPINCOUNT has chosen.
 """
 
 import contextlib
@@ -32,6 +34,7 @@ import threading
 import time
 
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+SPINS = "1000"  # rounds that a waiting thread spins before it sleeps, some tens of microseconds
 PATIENCE = 3  # seconds for Python to see a signal, before a thread ends the program
 STDOUT = "standard output"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -61,7 +64,7 @@ def is_first():
 
 def begin():
     """From here on a signal ends the program in one line; nothing is there yet that would need clearing up."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    wait_kindly()
     handle_signals(leave)
     if sys.stderr is None:  # closed: print(file=None) would write errors to stdout
         sys.stderr = open(os.devnull, "w")
@@ -70,6 +73,12 @@ def begin():
         raise SystemExit(2)
     encoding = sys.stdout.encoding
     sys.stdout = sys.__stdout__ = Stdout(sys.stdout.detach(), encoding)
+
+
+def wait_kindly():
+    """Have waiting threads spin briefly, unless the user has chosen. Only before torch is imported."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 class Stdout(io.TextIOWrapper):

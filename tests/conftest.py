@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as program.begin() does, before anything imports torch
+import program  # noqa: E402
+
+program.wait_kindly()  # as every program does, before anything imports torch
 
 
 def pytest_configure(config):

@@ -54,10 +54,17 @@ def test_busy_neighbours_are_there_for_half_of_the_processes_and_then_gone(monke
     popen = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda *args: started.append(popen(*args)) or started[-1])
     alive = lambda: sum(p.poll() is None for p in started)  # noqa: E731
-    monkeypatch.setattr(
-        bench, "timed_step", lambda policy: beside.append((alive(), policy)) or (2.0 if policy else 4.0)
-    )
-    bench.neighbour()
+
+    def timed_step(wait):
+        beside.append((alive(), wait))
+        return float("inf") if beside[-1] == (n, "unset") else {"unset": 4.0, "ours": 5.0, "PASSIVE": 8.0}[wait]
+
     n = os.cpu_count()
-    assert beside == [(0, None), (0, "PASSIVE"), (n, None), (n, "PASSIVE")] * 5 and alive() == 0
-    assert f"{n} busy neighbours: unset      4.0 ms, PASSIVE      2.0 ms, their ratio 0.500" in capsys.readouterr().out
+    monkeypatch.setattr(bench, "timed_step", timed_step)
+    bench.neighbour()
+    quiet, busy = [(0, w) for w in bench.WAITS], [(n, w) for w in bench.WAITS]
+    assert beside == quiet + busy + 4 * (quiet + busy[1:]) and alive() == 0  # what takes too long is tried once
+    said = capsys.readouterr().out
+    assert "0 busy neighbours, ours          5.0 ms, 1.250 ± 0.000 of unset" in said
+    assert f"{n} busy neighbours, ours          5.0 ms, 0.625 ± 0.000 of PASSIVE" in said
+    assert f"{n} busy neighbours, unset    not done in 120 s" in said

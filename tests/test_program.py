@@ -144,9 +144,14 @@ def test_output_that_cannot_be_written_is_one_line():
         assert start(small("sys.exit('error: no')"), stderr=full).wait(60) == 1
 
 
-def test_waiting_threads_sleep_unless_the_user_has_chosen(monkeypatch):
-    body = "print(os.environ['OMP_WAIT_POLICY'])"
-    assert start(small(body)).communicate(timeout=60)[0] == "PASSIVE\n"
-    process = start(["env", "OMP_WAIT_POLICY=ACTIVE", *small(body)])
-    assert process.communicate(timeout=60)[0] == "ACTIVE\n"
-    assert os.environ["OMP_WAIT_POLICY"]  # conftest.py has set it, before torch
+def test_waiting_threads_spin_briefly_unless_the_user_has_chosen():
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    body = f"print(*(os.environ.get(name) for name in {names}))"
+    unset = ["env", *(f"--unset={name}" for name in names)]
+    for theirs, found in (
+        ([], f"None {program.SPINS}"),
+        (["OMP_WAIT_POLICY=ACTIVE"], "ACTIVE None"),
+        (["GOMP_SPINCOUNT=7"], "None 7"),
+    ):
+        assert start([*unset, *theirs, *small(body)]).communicate(timeout=60)[0] == found + "\n"
+    assert any(os.environ.get(name) for name in names)  # conftest.py has seen to it, before torch
