@@ -12,6 +12,7 @@ out_dir, as if there had been no break; a kill or a power failure loses the step
 """
 
 import program
+import run_folder
 
 if __name__ == "__main__":
     program.begin()  # before torch, and before anything that takes long to import
@@ -490,9 +491,9 @@ def design_model(settings, vocab, ranks):
 
 def resume_folder():
     """The checkpoint to go on from, or None; with init_from='scratch' what was in out_dir is moved aside first."""
-    if init_from == "scratch" and (aside := checkpoint.on_rank_0(lambda: checkpoint.move_aside(out_dir))):
+    if init_from == "scratch" and (aside := checkpoint.on_rank_0(lambda: run_folder.move_aside(out_dir))):
         print(f"the run that was in {out_dir} is now in {aside}")
-    return checkpoint.resume_point(out_dir)
+    return run_folder.resume_point(out_dir)
 
 
 def begin(folder, model, optimizer, changed, origin):
@@ -507,7 +508,7 @@ def begin(folder, model, optimizer, changed, origin):
         print(f"going on from {folder}" + "".join(f"\n  {k}: {a!r} -> {b!r}" for k, (a, b) in changed.items()))
     metrics, config = (os.path.join(out_dir, name) for name in ("metrics.jsonl", "config.json"))
     evaluated = state["evaluated"] == step
-    dropped = checkpoint.on_rank_0(lambda: checkpoint.trim_records(metrics, step if folder else -1, evaluated))
+    dropped = checkpoint.on_rank_0(lambda: run_folder.trim_records(metrics, step if folder else -1, evaluated))
     if dropped and not folder:  # a run that ended before its first save
         print(f"{out_dir} has no checkpoint: from the start; its {dropped} records are now in metrics-dropped.jsonl")
     checkpoint.on_rank_0(lambda: owned.write_json(config, origin))
@@ -611,8 +612,8 @@ def main():
     except Exception as e:
         if not type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
-        if checkpoint.Stop.heard:  # the terminal's Ctrl-C goes to the C++ compiler too
-            raise program.Stopped(checkpoint.Stop.heard) from None
+        if run_folder.Stop.heard:  # the terminal's Ctrl-C goes to the C++ compiler too
+            raise program.Stopped(run_folder.Stop.heard) from None
         sys.exit(f"error: compile=True: torch could not compile the sublayers: {str(e).splitlines()[0]}; leave it "
                  "False, or find out more with TORCHDYNAMO_VERBOSE=1 and a small model")  # fmt: skip
 
@@ -622,14 +623,14 @@ def train(settings, train_data, val_data, ranks):
     model = design_model(settings, train_data.vocab_size, ranks)
     # whose run is in out_dir, before a byte of it is touched or memory is taken
     origin, folder = provenance(settings, train_data, val_data), resume_folder()
-    changed = checkpoint.same_run(out_dir, folder, origin)
+    changed = run_folder.same_run(out_dir, folder, origin)
     ranks.build_pipeline(model, pipeline_schedule, lambda: autocast(ranks.device))
     ranks.shard(model, dtype, reduce_dtype)
     ranks.initialise(model, None if folder else seed)  # a checkpoint brings all values
     net, optimizer = ranks.wrap(model), make_optimizer(model)
     first, state = begin(folder, model, optimizer, changed, origin)
     # from here on Ctrl-C and SIGTERM are wishes, granted between two steps
-    records, profiler, stop = Log(settings, ranks.is_main), start_profiler(ranks.is_main), checkpoint.Stop(ranks.device)
+    records, profiler, stop = Log(settings, ranks.is_main), start_profiler(ranks.is_main), run_folder.Stop(ranks.device)
     how = f" (impl {resolve_impl(impl, ranks.device, n_streams)})" if RESIDUALS[residual].has_maps else ""
     size = f"{model.num_params()['total']:,} parameters"
     print(f"{ranks.device.type}, {dtype}, residual {residual}{how}, {size} -> {out_dir}")

@@ -25,6 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import mhc
+import run_folder
 from checkpoint import CheckpointError
 from model import GPT, GPTConfig
 from owned import NotOurs
@@ -148,7 +149,7 @@ def test_nothing_is_unpickled(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", refuse)
     folder = save(tmp_path, 3)
     assert {os.path.splitext(f)[1] for f in os.listdir(folder)} == {".safetensors", ".json"}
-    checkpoint.load(checkpoint.resume_point(str(tmp_path)), *make(2))
+    checkpoint.load(run_folder.resume_point(str(tmp_path)), *make(2))
     checkpoint.load_model(str(tmp_path))
 
 
@@ -164,7 +165,7 @@ def check_resharding(folder, source, seed, targets):
     wanted = load_file(os.path.join(folder, "wanted.safetensors"))
     for kind in targets:
         net, optimizer = make(seed + 1, kind)
-        assert checkpoint.load(checkpoint.resume_point(folder), net, optimizer) == {"n": 5}
+        assert checkpoint.load(run_folder.resume_point(folder), net, optimizer) == {"n": 5}
         same(everything(net, optimizer), wanted)
 
 
@@ -320,7 +321,7 @@ def test_strangers_files_are_ignored_and_survive_the_checkpoint(tmp_path):
     folder = tmp_path / "step-00000001"
     save(tmp_path, 1)
     put_strangers(folder)
-    assert checkpoint.resume_point(str(tmp_path)) == str(folder)
+    assert run_folder.resume_point(str(tmp_path)) == str(folder)
     same(checkpoint.load_model(str(tmp_path))[0].state_dict(), make(1)[0].state_dict())
     checkpoint.load(str(folder), *make(2))
     for step in (2, 3, 4):
@@ -347,7 +348,7 @@ def test_unreadable_is_not_broken(tmp_path, name):
     else:
         dangling_link(os.path.join(folder, name))
     before = sorted(os.listdir(tmp_path))
-    for use in (checkpoint.resume_point, checkpoint.find, checkpoint.load_model):
+    for use in (run_folder.resume_point, checkpoint.find, checkpoint.load_model):
         with pytest.raises(CheckpointError, match="is a link to /not/mounted, which is not there.*nothing was") as e:
             use(str(tmp_path))
         assert e.value.code == 2 and "\n" not in str(e.value)
@@ -363,7 +364,7 @@ def test_an_io_error_is_not_damage(tmp_path, monkeypatch):
 
     monkeypatch.setattr(hashlib, "file_digest", fail)
     with pytest.raises(CheckpointError, match="Input/output error.*is not known, and nothing was changed") as e:
-        checkpoint.resume_point(str(tmp_path))
+        run_folder.resume_point(str(tmp_path))
     assert e.value.code == 2 and steps(tmp_path) == [1, 2]
 
 
@@ -373,17 +374,17 @@ def test_no_checkpoint_of_several_can_be_used(tmp_path):
         truncate(os.path.join(save(tmp_path, step), "state.json"), 99)
     for _ in range(2):
         with pytest.raises(CheckpointError, match="none of its 2 checkpoints can be used.*--init_from=scratch") as e:
-            checkpoint.resume_point(str(tmp_path))
+            run_folder.resume_point(str(tmp_path))
         assert e.value.code == 2 and steps(tmp_path) == [1, 2]
     for step in (1, 2):
         os.rename(tmp_path / f"step-0000000{step}", tmp_path / f"broken-step-0000000{step}")
     with pytest.raises(CheckpointError, match="no checkpoint but broken ones"):
-        checkpoint.resume_point(str(tmp_path))
+        run_folder.resume_point(str(tmp_path))
 
 
 def test_a_copy_under_another_steps_name_is_refused(tmp_path):
     shutil.copytree(save(tmp_path, 4), tmp_path / "step-00000007")
-    for use in (checkpoint.find, checkpoint.resume_point):
+    for use in (checkpoint.find, run_folder.resume_point):
         with pytest.raises(CheckpointError, match="step-00000007: holds step 4: a copy of step-00000004") as e:
             use(str(tmp_path))
         assert e.value.code == 2
@@ -451,19 +452,19 @@ def test_broken_ones_are_set_aside_at_a_resume(tmp_path):
         save(tmp_path, step, keep=3)
     flip(tmp_path / "step-00000003" / "state.json", 99)
     os.makedirs(tmp_path / ".tmp-step-00000004")
-    assert checkpoint.resume_point(str(tmp_path)) == str(tmp_path / "step-00000002")
+    assert run_folder.resume_point(str(tmp_path)) == str(tmp_path / "step-00000002")
     assert steps(tmp_path) == [1, 2] and os.path.isdir(tmp_path / "broken-step-00000003")
     assert not any(name.startswith(".tmp-step") for name in os.listdir(tmp_path))
     save(tmp_path, 3)
     flip(tmp_path / "step-00000003" / "state.json", 99)
-    assert checkpoint.resume_point(str(tmp_path)) == str(tmp_path / "step-00000002")
+    assert run_folder.resume_point(str(tmp_path)) == str(tmp_path / "step-00000002")
     assert os.path.isdir(tmp_path / "broken-step-00000003-2")  # beside the first
     save(tmp_path, 4)
     assert steps(tmp_path) == [2, 4]  # the broken one was not counted among the two
 
 
 def test_no_checkpoint(tmp_path):
-    assert checkpoint.resume_point(str(tmp_path / "new")) is None
+    assert run_folder.resume_point(str(tmp_path / "new")) is None
     with pytest.raises(CheckpointError, match="wanted a run folder"):
         checkpoint.load_model(str(tmp_path / "nowhere"))
 
@@ -527,7 +528,7 @@ def test_kills_in_back_to_back_saves(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.join()
         cut += any(name.startswith(".tmp") for name in os.listdir(run))
-        folder = checkpoint.resume_point(run)
+        folder = run_folder.resume_point(run)
         assert folder is not None and checkpoint.step_of(folder) >= done.value
         assert not any(name.startswith((".tmp", "broken")) for name in os.listdir(run))
         assert checkpoint.load(folder, *make(2))["step"] == checkpoint.step_of(folder)
@@ -536,18 +537,18 @@ def test_kills_in_back_to_back_saves(tmp_path):
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
-    code = f"import checkpoint, time; checkpoint.resume_point({str(tmp_path)!r}); print('has it', flush=True)"
+    code = f"import run_folder, time; run_folder.resume_point({str(tmp_path)!r}); print('has it', flush=True)"
     code += "; time.sleep(60)"
     root = os.path.dirname(checkpoint.__file__)
     other = subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout.readline() == "has it\n"
         with pytest.raises(CheckpointError, match="another run is going on"):
-            checkpoint.resume_point(str(tmp_path))
+            run_folder.resume_point(str(tmp_path))
     finally:
         other.kill()
         other.wait()
-    assert checkpoint.resume_point(str(tmp_path)) is None  # a killed run holds nothing
+    assert run_folder.resume_point(str(tmp_path)) is None  # a killed run holds nothing
 
 
 # -- one run or another ---------------------------------------------------------------------------------------------
@@ -555,14 +556,14 @@ def test_a_folder_in_use_is_refused(tmp_path):
 
 def test_move_aside(tmp_path, monkeypatch):
     run = tmp_path / "run"
-    assert checkpoint.move_aside(str(run)) is None
+    assert run_folder.move_aside(str(run)) is None
     for k, name in ((1, f"{run}.old"), (2, f"{run}.old-2")):
         save(run, k)
-        assert checkpoint.move_aside(str(run) + "/") == name
+        assert run_folder.move_aside(str(run) + "/") == name
         assert not run.exists() and steps(name) == [k]
     save(run, 3)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert checkpoint.move_aside(str(run)) is None and steps(run) == [3]
+    assert run_folder.move_aside(str(run)) is None and steps(run) == [3]
 
 
 def test_trim_records(tmp_path):
@@ -570,17 +571,17 @@ def test_trim_records(tmp_path):
     path, aside = tmp_path / "metrics.jsonl", tmp_path / "metrics-dropped.jsonl"
     lines = ['{"step": 1, "loss": 2.5}', '{"step": 2, "loss": null}', '{"step": 2, "val_loss": 1}', '{"step": 3}']
     path.write_text("\n".join(lines) + '\n7\n{"step": "x"}\n{"step": 4, "lo')
-    assert checkpoint.trim_records(str(path), 2) == 4
+    assert run_folder.trim_records(str(path), 2) == 4
     assert path.read_text().splitlines() == lines[:3] and path.read_text().endswith("\n")
     assert aside.read_text() == '{"step": 3}\n7\n{"step": "x"}\n{"step": 4, "lo\n'
-    assert checkpoint.trim_records(str(path), 2) == 0 and checkpoint.trim_records(str(path), -1) == 3
+    assert run_folder.trim_records(str(path), 2) == 0 and run_folder.trim_records(str(path), -1) == 3
     assert path.read_text() == "" and aside.read_text().splitlines()[4:] == lines[:3]
-    assert checkpoint.trim_records(str(tmp_path / "none.jsonl"), 2) == 0
+    assert run_folder.trim_records(str(tmp_path / "none.jsonl"), 2) == 0
     assert sorted(os.listdir(tmp_path)) == ["metrics-dropped.jsonl", "metrics.jsonl"]
     os.remove(aside)
     os.symlink(tmp_path / "thesis", aside)
     with pytest.raises(NotOurs, match="metrics-dropped.jsonl: is a link"):
-        checkpoint.trim_records(str(path), -1)
+        run_folder.trim_records(str(path), -1)
 
 
 # -- other people's files -------------------------------------------------------------------------------------------
@@ -597,25 +598,25 @@ def test_a_folder_of_others_is_not_taken_for_a_run(tmp_path):
         folder = tmp_path / name.strip(".")
         folder.mkdir()
         (folder / name).write_text(content)
-        for use in (lambda f: save(f, 1), checkpoint.resume_point):
+        for use in (lambda f: save(f, 1), run_folder.resume_point):
             with pytest.raises(CheckpointError, match=f"holds {name}, which is not known to be ours") as e:
                 use(str(folder))
             assert e.value.code == 2
         assert os.listdir(folder) == [name] and (folder / name).read_text() == content
         with pytest.raises(NotOurs, match="not known to be a run of ours"):
-            checkpoint.move_aside(str(folder))
+            run_folder.move_aside(str(folder))
 
 
 def test_a_folder_with_other_names_in_it_is_used_and_they_stay(tmp_path):
     (tmp_path / "slurm-17.out").write_text("x")
     save(tmp_path, 1)
-    assert checkpoint.resume_point(str(tmp_path)) and (tmp_path / "slurm-17.out").read_text() == "x"
+    assert run_folder.resume_point(str(tmp_path)) and (tmp_path / "slurm-17.out").read_text() == "x"
 
 
 def test_a_run_of_before_there_were_marks_is_gone_on_with(tmp_path):
     save(tmp_path, 1)
     os.remove(tmp_path / ".made_by_mhc")
-    assert checkpoint.load_model(str(tmp_path)) and checkpoint.resume_point(str(tmp_path))
+    assert checkpoint.load_model(str(tmp_path)) and run_folder.resume_point(str(tmp_path))
     assert os.path.exists(tmp_path / ".made_by_mhc")
 
 
@@ -625,12 +626,12 @@ def test_links_are_not_followed(tmp_path):
     thesis.write_text("x" * 100)
     os.symlink(thesis, run / ".lock")
     with pytest.raises(CheckpointError, match=r"\.lock: is a link") as e:
-        checkpoint.resume_point(str(run))
+        run_folder.resume_point(str(run))
     assert e.value.code == 2 and thesis.read_text() == "x" * 100
     os.remove(run / ".lock")
     os.symlink(run, tmp_path / "link")
     with pytest.raises(NotOurs, match="is a link"):
-        checkpoint.move_aside(str(tmp_path / "link"))
+        run_folder.move_aside(str(tmp_path / "link"))
     os.rename(run / "step-00000001", tmp_path / "other disk")
     os.symlink(tmp_path / "other disk", run / "step-00000001")  # somebody's arrangement: used, and not pruned
     assert checkpoint.find(str(run)) == str(run / "step-00000001")

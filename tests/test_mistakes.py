@@ -25,6 +25,7 @@ import checkpoint
 import figures
 import owned
 import program
+import run_folder
 from data import Corpus, DataError, sha256_file
 from owned import NotOurs
 from tests.ranks import train_in_fork
@@ -134,8 +135,8 @@ def call(name, argv):
     finally:
         sys.argv = argv_before
         vars(module).update(before)
-        while checkpoint.held_locks:
-            checkpoint.held_locks.popitem()[1].close()
+        while run_folder.held_locks:
+            run_folder.held_locks.popitem()[1].close()
     return code or 0, said.getvalue()
 
 
@@ -507,7 +508,7 @@ def changed(value, draw):
 
 def use_checkpoint(root):
     checkpoint.load_model(str(root / "run" / "step-00000004"))
-    checkpoint.same_run(str(root / "run"), str(root / "run" / "step-00000004"), json.loads(CONFIG_JSON[root]))
+    run_folder.same_run(str(root / "run"), str(root / "run" / "step-00000004"), json.loads(CONFIG_JSON[root]))
 
 
 def use_corpus(root):
@@ -531,7 +532,7 @@ def use_figures(root):
 
 
 def use_run(root):
-    checkpoint.same_run(str(root / "run"), None, json.loads(CONFIG_JSON[root]))
+    run_folder.same_run(str(root / "run"), None, json.loads(CONFIG_JSON[root]))
 
 
 CONFIG_JSON = {}

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
 import mhc
 import program
+import run_folder
 import train
 from data import Corpus, DataError
 from names import ELSEWHERE
@@ -165,7 +165,7 @@ def test_a_compiler_that_fails_is_one_line(runs, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="^error: compile=True: torch could not compile the sublayers: .*") as e:
         start_here(monkeypatch, f"--data_dir={runs}/data", "--compile=False")
     assert "\n" not in str(e.value) and "CppCompileError" in repr(e.value.__context__)
-    monkeypatch.setattr(checkpoint.Stop, "heard", signal.SIGINT)  # which has stopped the compiler
+    monkeypatch.setattr(run_folder.Stop, "heard", signal.SIGINT)  # which has stopped the compiler
     with pytest.raises(program.Stopped, match="stopped by Ctrl-C"):
         start_here(monkeypatch, f"--data_dir={runs}/data")
 
