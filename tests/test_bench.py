@@ -1,12 +1,14 @@
 """tools/bench.py: timings in turn, the spread, and what the command line refuses. No timing is judged here."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
 
-from tools import bench
+from tools import bench, rivals
 
 
 def test_every_round_calls_every_function_in_turn():
@@ -68,3 +70,17 @@ def test_busy_neighbours_are_there_for_half_of_the_processes_and_then_gone(monke
     assert "0 busy neighbours, ours          5.0 ms, 1.250 ± 0.000 of unset" in said
     assert f"{n} busy neighbours, ours          5.0 ms, 0.625 ± 0.000 of PASSIVE" in said
     assert f"{n} busy neighbours, unset    not done in 120 s" in said
+
+
+def test_the_rival_of_a_training_step_has_the_same_loss(monkeypatch, capsys):
+    tiny = dict(seq_len=8, micro_batch_size=2, n_layer=2, n_embd=16, n_head=2, kv_lora_rank=8, qk_nope_head_dim=4,
+                qk_rope_head_dim=2, v_head_dim=4, intermediate_size=24, n_routed_experts=4, num_experts_per_tok=2,
+                moe_intermediate_size=8, residual="mhc", lr=1.0)  # fmt: skip
+    rivals.report("tiny", tiny, 31, 2, seed=0)
+    assert re.search(r"CPU seconds +ours [0-9.]+, theirs [0-9.]+, theirs over ours", capsys.readouterr().out)
+    both = rivals.both
+    ours, theirs = both(tiny, 31, 0)
+    torch.nn.init.normal_(theirs.lm_head.weight, std=1.0)
+    monkeypatch.setattr(rivals, "both", lambda *args: (ours, theirs))
+    with pytest.raises(RuntimeError, match="do not compute the same"):
+        rivals.train_step(tiny, 31, 1, seed=0)

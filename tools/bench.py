@@ -7,6 +7,7 @@
     python tools/bench.py eval                             # 4-choice scoring with and without shared prefixes
     python tools/bench.py generate                         # one more token after 512: with the latent cache and without
     python tools/bench.py step                             # one training step of the demo's model, here and now
+    python tools/bench.py rival                            # that of the baseline beside transformers' DeepseekV3
     python tools/bench.py neighbour                        # the same beside busy programs, by how threads wait
     python tools/bench.py pipeline                         # a pipeline step on paper: bubble, wire, micro-batches held
     python tools/bench.py kernels                          # what compilers make of the Triton kernels; nothing is run
@@ -41,7 +42,7 @@ from configurator import above, at_least, between, configure, fail, one_of, read
 from layers import MLA, LatentCache, MoE, RMSNorm, rope_angles
 from model import GPT, RESIDUALS, GPTConfig
 from plan import BANDWIDTH, measured_bytes, peak_flops
-from tools import kernel_report, pipeline_report
+from tools import kernel_report, pipeline_report, rivals
 
 # bench.py cpu
 widths = "512,1280"  # widths C to time: 512 (small MoE) and 1280 (the 3B config's block)
@@ -434,6 +435,14 @@ def step():
           f"± {1e3 * spread(seconds):.1f}")  # fmt: skip
 
 
+def rival():
+    """A training step of the baseline and of transformers' DeepseekV3 of the same weights, at two models' sizes."""
+    torch.set_num_threads(threads or torch.get_num_threads())
+    root = Path(__file__).resolve().parent.parent
+    for name, vocab_size in (("demo", 2048), ("cpu_15min", 4096)):
+        rivals.report(name, runpy.run_path(str(root / f"config/{name}.py")), vocab_size, rounds, seed)
+
+
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    pass"  # a neighbour ends with its parent
 STEP = "import sys; sys.argv = ['bench.py']; from tools import bench; bench.rounds = {}; bench.step()"
 WAITS = {"unset": {}, "ours": {"GOMP_SPINCOUNT": program.SPINS}, "PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"}}
@@ -516,7 +525,7 @@ def retune():
     kernel_report.main("retune")
 
 
-COMMANDS = {f.__name__: f for f in (cpu, memory, generate, step, neighbour, kernels, traffic, gpu, retune)} | {
+COMMANDS = {f.__name__: f for f in (cpu, memory, generate, step, rival, neighbour, kernels, traffic, gpu, retune)} | {
     "eval": evaluation,
     "pipeline": simulate_pipeline,
 }
@@ -526,6 +535,7 @@ SETTINGS = {  # what each reads; the others read none
     "generate": ("context", "rounds", "threads", "seed"),
     "memory": ("depths", "n_streams", "seed"),
     "step": ("rounds", "threads", "seed"),
+    "rival": ("rounds", "threads", "seed"),
     "neighbour": ("rounds",),
     "pipeline": tuple("config pipeline_size pipeline_schedule micro_batches tokens card mfu memory_share link".split()),
 }
