@@ -47,6 +47,7 @@ class LatentCache:
 
     `length` (B,) counts the positions already written in each row. Rows may differ: pad prompts on the right, run them,
     then set `length` to the true lengths; what the padding wrote is overwritten before anything attends to it.
+    `most` is the host's own count, no less than the longest row's: to ask `length` would wait for the device each time.
     """
 
     def __init__(self, config, batch, max_len, device=None, dtype=None):
@@ -54,26 +55,25 @@ class LatentCache:
         self.latent = torch.zeros(*size, config.kv_lora_rank, device=device, dtype=dtype)
         self.k_rope = torch.zeros(*size, config.qk_rope_head_dim, device=device, dtype=dtype)
         self.length = torch.zeros(batch, dtype=torch.long, device=device)
-        self.empty = True  # kept on the host: asking `length` would wait for the device in every block
+        self.most = 0
 
     def rows(self, index, max_len=None):
         """A copy that holds the rows `index` (a row may come several times), with room for max_len positions."""
         other = object.__new__(LatentCache)
         grow = max(0, (max_len or 0) - self.latent.shape[2])
         other.latent, other.k_rope = (F.pad(t[:, index], (0, 0, 0, grow)) for t in (self.latent, self.k_rope))
-        other.length, other.empty = self.length[index].clone(), self.empty
+        other.length, other.most = self.length[index].clone(), self.most
         return other
 
     def advance(self, T):
         """Count T more positions in every row: called once per forward, after all blocks have written."""
         self.length += T
-        self.empty = False
+        self.most += T
 
     def write(self, layer, latent, k_rope):
         """Put latent (B, T, Z) and k_rope (B, T, R) behind what each row of `layer` holds; return both so far."""
-        T = latent.shape[1]
+        T, end = latent.shape[1], self.most + latent.shape[1]
         where = self.length.unsqueeze(1) + torch.arange(T, device=latent.device)  # (B, T)
-        end = int(where.max()) + 1
         if end > self.latent.shape[2]:
             raise ValueError(f"the cache has room for {self.latent.shape[2]} positions, wanted {end}")
         for kept, new in ((self.latent, latent), (self.k_rope, k_rope)):
@@ -114,7 +114,7 @@ class MLA(nn.Module):
         latent, k_rope = self.kv_a_proj_with_mqa(x).split((self.Z, self.R), -1)
         latent, k_rope = self.kv_a_layernorm(latent), apply_rope(k_rope, rope)  # (B, T, Z), (B, T, R)
         so_far = cache and cache.write(layer, latent, k_rope)
-        if cache is None or cache.empty:  # nothing before x: decompressing is cheaper for a whole prompt
+        if cache is None or not cache.most:  # nothing before x: decompressing is cheaper for a whole prompt
             y = self.attend(q_nope, q_rope, latent, k_rope)
         else:
             y = self.attend_absorbed(q_nope, q_rope, *so_far, cache.length)

@@ -77,7 +77,7 @@ class Runner:
         if cache is None:
             cache = LatentCache(self.config, len(rows), width, self.device, self.dtype)
         else:
-            cache = cache.rows(torch.tensor(index, device=self.device), int(cache.length.max()) + width)
+            cache = cache.rows(torch.tensor(index, device=self.device), cache.most + width)
         return self.hidden(rows, cache), cache
 
     def logits(self, h):
@@ -168,7 +168,7 @@ def units_of(i, item, done, question):
 
 def score_batch(runner, units, cache):
     """Stages 2 and 3 of units -> {key: (log-probability, greedy)}. `cache` holds the shared prefix, or is None."""
-    done = 0 if cache is None else int(cache.length[0])
+    done = 0 if cache is None else cache.most  # of one row
     owners = [n for n, u in enumerate(units) for _ in u.rows]
     if units[0].question:
         questions = [u.rows[0][done : done + u.question] for u in units]

@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 import layers as module
 import mhc_cpu
-from layers import MLA, Combine, Dispatch, Experts, HeadLoss, MoE, apply_rope, rope_angles
+from layers import MLA, Combine, Dispatch, Experts, HeadLoss, LatentCache, MoE, apply_rope, rope_angles
 from model import GPT, GPTConfig
 from plan import LiveBytes
 from tests.test_residual import TINY, make, tokens
@@ -125,6 +125,13 @@ def test_experts_without_tokens_in_every_dtype(dtype, width):
     torch.testing.assert_close(experts(x, torch.tensor([0, 5, 5, 9], dtype=torch.int32)), want)
 
 
+def test_experts_that_grouped_mm_does_not_take_wait_for_the_device_once(monkeypatch):
+    experts, waits, tolist = Experts(GPTConfig(**TINY | {"n_embd": 10})).double(), [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: waits.append(t) or tolist(t))
+    experts(torch.randn(9, 10, dtype=torch.float64), torch.tensor([0, 5, 5, 9], dtype=torch.int32)).sum().backward()
+    assert len(waits) == 1
+
+
 def test_dispatch_and_combine_have_the_gradients_of_index_select():
     """In bf16 the k = 5 copies of a token are summed in fp32: right to one rounding."""
     order = torch.randperm(30)
@@ -200,6 +207,10 @@ def test_full_logits_never_exist_at_once(monkeypatch):
     assert products == [25 * V] * 4  # without gradients the logits alone
     HeadLoss.apply(h, w, torch.randint(V, (N,)), True).backward()
     assert len(products) == 4 + 3 * 4
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 519 * V)
+    products.clear()
+    HeadLoss.apply(torch.randn(600, C), w, torch.randint(V, (600,)), False)
+    assert products == [512 * V, 88 * V]  # whole tiles of 256 rows
 
 
 @pytest.mark.parametrize(
@@ -242,6 +253,24 @@ def test_a_step_never_waits_for_the_device(residual, monkeypatch):
         gpt, idx = without_values(gpt)
         gpt(idx, idx)[1].backward()
         gpt.update_expert_bias(0.001, gpt.expert_load())
+
+
+@pytest.mark.parametrize("residual", ["baseline", "hc", "mhc"])
+def test_decoding_never_waits_for_the_device(residual, monkeypatch):
+    """Prompt, two tokens behind it, the rows that go on: on fakes. What waits is left to whoever picks the tokens."""
+    monkeypatch.setattr(mhc_cpu, "by_size", lambda direct, by_log, *args: by_log(*args))
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig(**TINY | {"residual": residual, "impl": "eager"})).eval()
+    with FakeTensorMode(), torch.no_grad():
+        gpt, idx = without_values(gpt)
+        cache = LatentCache(gpt.config, 2, TINY["seq_len"] + 2, dtype=torch.bfloat16)
+        gpt(idx, cache=cache)
+        cache.length = cache.length - 3  # of the padding
+        for rows in (cache, cache.rows(torch.zeros(1, dtype=torch.long), TINY["seq_len"] + 4)):
+            assert gpt(idx[: len(rows.length), :1], cache=rows)[0].shape == (len(rows.length), 1, TINY["vocab_size"])
+            gpt(idx[: len(rows.length), :1], cache=rows)
+        with pytest.raises(ValueError, match=f"the cache has room for {TINY['seq_len'] + 2} positions, wanted"):
+            gpt(idx[:, :1], cache=cache)
 
 
 @pytest.mark.parametrize("residual", ["baseline", "hc", "mhc"])

@@ -1,9 +1,13 @@
 """The Triton kernels against float64: values and every gradient (interpreter; `pytest -m gpu` runs them compiled)."""
 
+import inspect
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mhc_ref
+import sinkhorn_kernel
 from mhc import mhc_post_res, mhc_step, sinkhorn
 from tests.kernel_cases import (
     DEVICES,
@@ -122,3 +126,35 @@ def test_y_in_another_dtype(device):
         got = outputs_and_grads(triton_step, tensors)
     twin, want = outputs_and_grads(twin_step, tensors), outputs_and_grads(twin_step, tensors, torch.float64)
     assert_as_good_as_twin(got, twin, want, [*OUTS, *NAMES[:7]])
+
+
+def test_another_number_of_tokens_compiles_nothing_anew(monkeypatch):
+    """Of a kernel's numbers those may be specialised on that one model has once; the others are counts of tokens."""
+    monkeypatch.setattr(sinkhorn_kernel.triton, "jit", lambda kernel, do_not_specialize: do_not_specialize)
+    exempt = {*sinkhorn_kernel.jit(None), "C", "K", "size", "eps"}
+    kernels = [v.fn for name, v in vars(sinkhorn_kernel).items() if name.endswith("_kernel")]
+    assert len(kernels) > 5
+    for kernel in kernels:
+        numbers = {name for name, p in inspect.signature(kernel).parameters.items() if "constexpr" not in str(p)}
+        assert {name for name in numbers if not name.endswith("_ptr")} <= exempt, kernel
+
+
+class Zeros(TorchDispatchMode):
+    """Counts the elements of tensors made of zeros."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.made += out.numel() if "zero" in str(func) else 0
+        return out
+
+
+@pytest.mark.parametrize("impl", ["eager", "triton"])
+def test_outputs_that_nobody_uses_get_no_gradient_made_of_zeros(impl):
+    tensors = [t.requires_grad_() for t in make_inputs(300, 4, 40, FP32)]
+    with interpreter("cpu"):
+        x_next = mhc_step(*tensors, impl=impl)[0]
+        with Zeros() as zeros:
+            x_next.sum().backward()
+    assert zeros.made <= 2 * tensors[4].numel()  # phi's own gradient and its like; H_res' alone would have 300 n^2

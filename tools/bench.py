@@ -347,7 +347,7 @@ def next_token(model):
     before = cache.length.clone()
 
     def cached():
-        cache.length = before.clone()  # every call writes the last position anew
+        cache.length, cache.most = before.clone(), context - 1  # every call writes the last position anew
         return model.lm_head(model.hidden(idx[:, -1:], cache)[:, -1]).argmax(-1)
 
     return {"cached": cached, "whole again": lambda: model.lm_head(model.hidden(idx)[:, -1]).argmax(-1)}
