@@ -59,8 +59,8 @@ def fail(message):
 def coerce(name, value, default, source):
     """`value` (a string from a flag, anything from a file) as the type of `default`."""
     kind, text = type(default), str(value).strip()
-    if kind is str and isinstance(value, str):
-        return value
+    if kind is str and isinstance(value, (str, bool)):  # a choice like "auto" may stand beside True and False
+        return str(value)
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     if kind in (int, float) and not isinstance(value, bool):

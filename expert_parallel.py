@@ -40,6 +40,7 @@ def apply(model, mesh):
         block.mlp.run_experts = partial(run_experts, block.mlp.experts, mesh.get_group())
 
 
+@torch.compiler.disable  # lengths that the host is told would be compiled in, anew for every batch
 def run_experts(experts, group, x, ends):
     """What Experts.forward does, with the experts of all ranks: x (N*k, C) sorted by expert, ends (E,) -> (N*k, C)."""
     P = group.size()

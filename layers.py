@@ -250,6 +250,7 @@ class Experts(nn.Module):
         hidden = F.silu(F.grouped_mm(x, gate_proj, offs=ends)) * F.grouped_mm(x, up_proj, offs=ends)
         return F.grouped_mm(hidden, down_proj, offs=ends)
 
+    @torch.compiler.disable  # it would be compiled anew for every division of the rows
     def one_by_one(self, x, ends, *weights):
         """For what grouped_mm does not take: fp64, fp16, fp32 on a GPU, odd widths. Waits once for the device."""
         sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()

@@ -545,6 +545,12 @@ class GPT(nn.Module):
             yield block.attn_residual, block.input_layernorm, attend
             yield block.mlp_residual, block.post_attention_layernorm, block.mlp
 
+    def compile_sublayers(self, **how):
+        """torch.compile every F, how: its arguments. The boundaries between them have kernels of their own: mhc.py."""
+        for _, block in self.blocks():
+            block.self_attn.compile(**how)
+            block.mlp.compile(**how)
+
     def residuals(self):
         """The 2L residual connections in order."""
         return [r for _, block in self.blocks() for r in (block.attn_residual, block.mlp_residual)]

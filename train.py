@@ -56,7 +56,7 @@ data_dir = "data/python_bpe2048"  # a corpus made by prepare_data.py
 seed = 1337  # of the weights and of the order of the data
 device = "auto"  # 'cpu' | 'cuda' | 'mps'; 'auto': the best there is, and it is printed
 dtype = "float32"  # 'bfloat16': autocast outside the mappings; the streams are bf16 then (Eq 11)
-compile = False  # torch.compile the sublayers
+compile = "auto"  # torch.compile the sublayers: True | False; 'auto': on CUDA alone, and it is printed
 dry_run = False  # print what the run would take, and stop
 init_from = "resume"  # go on with the unfinished run in out_dir, if any; 'scratch': move it to <out_dir>.old first
 # -- the model: see GPTConfig ---------------------------------------------------------------------------------------
@@ -137,6 +137,7 @@ RULES = {  # of the model's settings: GPTConfig's
     "seed": between(0, 2**63 - 1),
     "device": one_of("auto", "cpu", "cuda", "mps"),
     "dtype": one_of("float32", "bfloat16"),
+    "compile": (lambda v: v == "auto" or v.lower() in ("true", "false"), "'auto', True or False"),
     "init_from": one_of("resume", "scratch"),
     **dict.fromkeys(("batch_size", "micro_batch_size"), at_least(1, 10**6)),
     **dict.fromkeys(("max_steps", "eval_interval", "eval_sequences", "checkpoint_interval"), at_least(1)),
@@ -196,10 +197,16 @@ def check(settings):
         raise ValueError(
             f"n_streams={n_streams}: impl='triton' takes {', '.join(map(str, STREAMS))}; wanted impl='auto'"
         )
-    if compile and on == "cpu":
+    if compiles(on) and on == "cpu":
         check_compiler()
     if log != "none" and not importlib.util.find_spec(log):
         raise ValueError(f"log={log!r}: wanted the package of that name, which is not installed: pip install {log}")
+
+
+def compiles(device):
+    """Whether the sublayers are compiled on 'cuda', 'cpu' or 'mps': where launches cost more than compiling, or as the
+    setting says."""
+    return device == "cuda" if compile == "auto" else compile.lower() == "true"
 
 
 def check_compiler():
@@ -482,10 +489,8 @@ def design_model(settings, vocab, ranks):
         plan.check_fits(model, settings, ranks)
     except ValueError as e:
         fail(str(e))
-    if compile:
-        for _, block in model.blocks():
-            block.self_attn.compile()
-            block.mlp.compile()
+    if compiles(ranks.device.type):
+        model.compile_sublayers()
     return model
 
 
@@ -614,8 +619,8 @@ def main():
             raise
         if run_folder.Stop.heard:  # the terminal's Ctrl-C goes to the C++ compiler too
             raise program.Stopped(run_folder.Stop.heard) from None
-        sys.exit(f"error: compile=True: torch could not compile the sublayers: {str(e).splitlines()[0]}; leave it "
-                 "False, or find out more with TORCHDYNAMO_VERBOSE=1 and a small model")  # fmt: skip
+        sys.exit(f"error: compile={compile}: torch could not compile the sublayers: {str(e).splitlines()[0]}; set "
+                 "compile=False, or find out more with TORCHDYNAMO_VERBOSE=1 and a small model")  # fmt: skip
 
 
 def train(settings, train_data, val_data, ranks):
@@ -633,7 +638,8 @@ def train(settings, train_data, val_data, ranks):
     records, profiler, stop = Log(settings, ranks.is_main), start_profiler(ranks.is_main), run_folder.Stop(ranks.device)
     how = f" (impl {resolve_impl(impl, ranks.device, n_streams)})" if RESIDUALS[residual].has_maps else ""
     size = f"{model.num_params()['total']:,} parameters"
-    print(f"{ranks.device.type}, {dtype}, residual {residual}{how}, {size} -> {out_dir}")
+    compiled = "compiled" if compiles(ranks.device.type) else "not compiled"
+    print(f"{ranks.device.type}, {dtype}, sublayers {compiled}, residual {residual}{how}, {size} -> {out_dir}")
     peak_rate = tokens_at_peak(model, ranks)
 
     batches, step_times = Batches(train_data, ranks), []

@@ -261,9 +261,7 @@ def check_compiled():
     and backward as torch.compile does, but needs no C++ compiler, which takes a minute."""
     model, _ = sharded()
     recompute.apply(model, "mhc")
-    for block in model.layers:
-        block.self_attn.compile(backend="aot_eager")
-        block.mlp.compile(backend="aot_eager")
+    model.compile_sublayers(backend="aot_eager")
     wanted, idx = whole(), torch.randint(61, (2, 8))
     for net in (model, wanted):
         net(idx, idx)[1].backward()

@@ -97,9 +97,7 @@ def test_the_fused_operator_is_replayed(residual, autocast):
 def test_compiled_sublayers_are_replayed():
     """With aot_eager, which compiles the graph and its backward as torch.compile does, but without a C++ compiler."""
     model = make(first_k_dense_replace=3)
-    for block in model.layers:
-        block.self_attn.compile(backend="aot_eager")
-        block.mlp.compile(backend="aot_eager")
+    model.compile_sublayers(backend="aot_eager")
     wanted = step(model)
     for mode in ("mhc", "full"):
         recompute.apply(model, mode)

@@ -157,4 +157,4 @@ def test_outputs_that_nobody_uses_get_no_gradient_made_of_zeros(impl):
         x_next = mhc_step(*tensors, impl=impl)[0]
         with Zeros() as zeros:
             x_next.sum().backward()
-    assert zeros.made <= 2 * tensors[4].numel()  # phi's own gradient and its like; H_res' alone would have 300 n^2
+    assert zeros.made < 300 * 40  # which x_in's alone would have; sums begin with some

@@ -129,6 +129,7 @@ MISTAKES = [  # flags; exit code; words
     (["--shard_size=2"], 2, "command line: shard_size=2 with parallel='none'"),
     (["--learning_rate=1"], 2, "unknown setting 'learning_rate'; here it is lr"),
     (["--gradient_accumulation_steps=4"], 2, "there is none: batch_size counts all sequences of an optimizer step"),
+    (["--compile=maybe"], 2, "command line: compile='maybe': wanted 'auto', True or False"),
     (["--compile=True"], 2, "torch needs a C++ compiler here and 'no-such-compiler' is not found"),
 ]  # fmt: skip
 
@@ -162,12 +163,22 @@ def test_a_compiler_that_fails_is_one_line(runs, monkeypatch, capsys):
         raise CppCompileError(["g++", "-O3"], "a thousand lines\nof warnings\n" * 500)
 
     monkeypatch.setattr(train, "train", fails)
-    with pytest.raises(SystemExit, match="^error: compile=True: torch could not compile the sublayers: .*") as e:
-        start_here(monkeypatch, f"--data_dir={runs}/data", "--compile=False")
+    with pytest.raises(SystemExit, match="^error: compile=auto: torch could not compile the sublayers: .*") as e:
+        start_here(monkeypatch, f"--data_dir={runs}/data")
     assert "\n" not in str(e.value) and "CppCompileError" in repr(e.value.__context__)
     monkeypatch.setattr(run_folder.Stop, "heard", signal.SIGINT)  # which has stopped the compiler
     with pytest.raises(program.Stopped, match="stopped by Ctrl-C"):
         start_here(monkeypatch, f"--data_dir={runs}/data")
+
+
+@pytest.mark.parametrize("value, on", [("auto", ["cuda"]), ("true", ["cuda", "cpu"]), ("False", [])])
+def test_sublayers_are_compiled_on_cuda_or_as_the_user_says(value, on, monkeypatch):
+    monkeypatch.setattr(train, "compile", value)
+    assert [device for device in ("cuda", "cpu") if train.compiles(device)] == on
+
+
+def test_a_run_says_whether_it_is_compiled(runs):
+    assert "cpu, float32, sublayers not compiled, residual mhc (impl eager)" in (runs / "mhc.log").read_text()
 
 
 def test_every_other_name_stands_for_a_setting_or_says_why_not():
