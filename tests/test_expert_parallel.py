@@ -33,13 +33,15 @@ def one_process(favourites):
     return model
 
 
-def check_gradients(P, favourites):
+def check_gradients(P, favourites, compiled=False):
     ranks = Ranks("fsdp", dist.get_rank(), dist.get_world_size(), torch.device("cpu"), 0, 60, P)
     with torch.device("meta"):
         model = GPT(CONFIG)
     ranks.shard(model)
     ranks.initialise(model, seed=1)
     experts = model.layers[1].mlp.experts.gate_proj
+    if compiled:
+        model.compile_sublayers(backend="aot_eager")
     assert experts.shape == (8, 16, 32) and experts.to_local().shape == (8 // P, 16 * P // ranks.world, 32)
     gradients(model, favourites, ranks.world)
     wanted = one_process(favourites)
@@ -56,6 +58,10 @@ def check_gradients(P, favourites):
 def test_gradients_and_norm_of_one_process(world, P, favourites):
     """With every expert at work, and with all tokens on experts of one rank, so that the others' get none."""
     run_ranks(world, check_gradients, P, favourites)
+
+
+def test_compiled_sublayers_exchange_rows_as_others_do():
+    run_ranks(2, check_gradients, 2, (), True)
 
 
 def check_waits():

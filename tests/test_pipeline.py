@@ -22,12 +22,14 @@ SMALL = dict(
 )  # fmt: skip
 
 
-def build(size, schedule, mode="none", **settings):
+def build(size, schedule, mode="none", compiled=False, **settings):
     """This rank's part of a small model, with values, and the batch of its pipeline: (idx, targets) (8, 8)."""
     ranks = Ranks("fsdp", dist.get_rank(), dist.get_world_size(), torch.device("cpu"), 0, 60, 1, size)
     with torch.device("meta"):
         gpt = GPT(GPTConfig(**SMALL | settings))
     recompute.apply(gpt, mode)
+    if compiled:
+        gpt.compile_sublayers(backend="aot_eager")
     ranks.build_pipeline(gpt, schedule, nullcontext)
     ranks.shard(gpt)
     ranks.initialise(gpt, seed=1)
@@ -103,9 +105,9 @@ def test_a_boundary_runs_once_for_each_micro_batch(schedule, mode):
     run_ranks(2, check_once, 2, schedule, mode)
 
 
-def check_gradients(schedule, **settings):
+def check_gradients(schedule, compiled=False, **settings):
     """Every gradient, the norm over all stages, a validation loss, and the maps of all sublayers."""
-    ranks, gpt, idx, targets = build(2, schedule, **settings)
+    ranks, gpt, idx, targets = build(2, schedule, compiled=compiled, **settings)
     want, one = whole(idx, targets, **settings)
     assert ranks.pipeline.step(idx, targets, 8).item() == pytest.approx(want, abs=1e-6)
     gradients = dict(one.named_parameters())
@@ -127,10 +129,10 @@ def test_two_ranks_compute_what_one_process_does(schedule):
 
 
 def check_single_pass():
-    check_gradients("dualpipev", single_pass=True)
+    check_gradients("dualpipev", compiled=True, single_pass=True)
 
 
-def test_single_pass_hands_its_H_pre_from_stage_to_stage():
+def test_compiled_stages_hand_the_H_pre_of_single_pass_to_the_next():
     run_ranks(2, check_single_pass)
 
 

@@ -150,11 +150,11 @@ class Zeros(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("impl", ["eager", "triton"])
-def test_outputs_that_nobody_uses_get_no_gradient_made_of_zeros(impl):
-    tensors = [t.requires_grad_() for t in make_inputs(300, 4, 40, FP32)]
+@pytest.mark.parametrize("impl, T", [("eager", 300), ("triton", 150)])
+def test_outputs_that_nobody_uses_get_no_gradient_made_of_zeros(impl, T):
+    tensors = [t.requires_grad_() for t in make_inputs(T, 4, 40, FP32)]
     with interpreter("cpu"):
         x_next = mhc_step(*tensors, impl=impl)[0]
         with Zeros() as zeros:
             x_next.sum().backward()
-    assert zeros.made < 300 * 40  # which x_in's alone would have; sums begin with some
+    assert zeros.made < T * 40  # which x_in's alone would have; sums begin with some
