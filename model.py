@@ -591,7 +591,8 @@ class GPT(nn.Module):
         """Mean cross entropy in nats of h (N, C) against targets (N,); -1 is ignored. See HeadLoss."""
         if torch.is_autocast_enabled(h.device.type):
             h = h.to(torch.get_autocast_dtype(h.device.type))
-        total = HeadLoss.apply(h, self.lm_head.weight, targets, torch.is_grad_enabled())
+        with torch.autocast(h.device.type, enabled=False):  # it would round the fp32 logits on a CPU
+            total = HeadLoss.apply(h, self.lm_head.weight, targets, torch.is_grad_enabled())
         return total / (targets != -1).sum().clamp(min=1)
 
     @torch.no_grad()

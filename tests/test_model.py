@@ -233,6 +233,15 @@ def test_head_gradients_do_not_lose_with_the_number_of_chunks(monkeypatch, dtype
         assert g.dtype == leaf.dtype and ((g - e).norm() / e.norm()).item() < allowed
 
 
+def test_autocast_does_not_round_logits_or_loss():
+    gpt, targets = make(), tokens(1).flatten()
+    h = torch.randn(len(targets), TINY["n_embd"]).to(torch.bfloat16).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = gpt.loss(h, targets)
+    logits = h.detach().double() @ gpt.lm_head.weight.detach().to(torch.bfloat16).double().T
+    assert abs(loss.item() / F.cross_entropy(logits, targets).item() - 1) < 1e-6
+
+
 def without_values(gpt):
     """The model's tensors in bf16 as fakes: they have shapes and no values. Called under FakeTensorMode."""
     for m in gpt.modules():
