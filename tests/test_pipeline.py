@@ -29,7 +29,7 @@ def build(size, schedule, mode="none", compiled=False, **settings):
         gpt = GPT(GPTConfig(**SMALL | settings))
     recompute.apply(gpt, mode)
     if compiled:
-        gpt.compile_sublayers(backend="aot_eager")
+        gpt.compile_sublayers(backend="eager")
     ranks.build_pipeline(gpt, schedule, nullcontext)
     ranks.shard(gpt)
     ranks.initialise(gpt, seed=1)
