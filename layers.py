@@ -42,6 +42,15 @@ def apply_rope(x, rope):
     return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
 
 
+def causal_attention(q, k, v, scale):
+    """q, k (B, H, T, D+R), v (B, H, T, V) -> (B, H, T, V). A CPU has a fused kernel for values as wide as keys alone:
+    zeros behind them cost less than all scores (B, H, T, T) written out, in time and in what the backward keeps."""
+    V, width = v.shape[-1], q.shape[-1]
+    if v.device.type == "cpu" and V < width:
+        v = F.pad(v, (0, width - V))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)[..., :V]
+
+
 class LatentCache:
     """What generation keeps: per block and position MLA's normed latent (Z) and its one rotated key (R), no heads.
 
@@ -127,7 +136,7 @@ class MLA(nn.Module):
         k = torch.cat((k_nope, k_rope.unsqueeze(2).expand(B, T, H, self.R)), -1)
         q = torch.cat((q_nope, q_rope), -1)
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, T, .)
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale).transpose(1, 2)
+        return causal_attention(q, k, v, self.scale).transpose(1, 2)
 
     def attend_absorbed(self, q_nope, q_rope, latent, k_rope, start):
         """The same attention without ever decompressing (DeepSeek-V2, 2.1.3): kv_b_proj is absorbed into the query on

@@ -16,6 +16,9 @@ from model import GPT, GPTConfig
 def both(settings, vocab_size, seed):
     """-> our baseline of these settings (a dict), and DeepseekV3ForCausalLM with the same weights, in train mode."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
     given = {k: v for k, v in settings.items() if k in GPTConfig.__dataclass_fields__}
     config = GPTConfig(**given | {"residual": "baseline", "vocab_size": vocab_size, "single_pass": False})
