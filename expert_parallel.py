@@ -22,14 +22,15 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
-from torch.distributed._functional_collectives import all_to_all_single_autograd, wait_tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from layers import Combine, Dispatch, MoE
 
 
-def apply(model, mesh):
-    """Cut the experts of a GPT on the meta device over `mesh`, a one-dimensional device mesh of P ranks, in place."""
+def apply(model, mesh, on_the_wire=None):
+    """Cut the experts of a GPT on the meta device over `mesh`, a one-dimensional device mesh of P ranks, in place.
+
+    on_the_wire() is called whenever tokens have been sent, before they are waited for (overlap.py)."""
     for _, block in model.blocks():
         if not isinstance(block.mlp, MoE):
             continue
@@ -37,11 +38,11 @@ def apply(model, mesh):
             mine = torch.empty(len(p) // mesh.size(), *p.shape[1:], device=p.device, dtype=p.dtype)
             cut = DTensor.from_local(mine, mesh, [Shard(0)], run_check=False)
             setattr(block.mlp.experts, name, torch.nn.Parameter(cut))
-        block.mlp.run_experts = partial(run_experts, block.mlp.experts, mesh.get_group())
+        block.mlp.run_experts = partial(run_experts, block.mlp.experts, mesh.get_group(), on_the_wire)
 
 
 @torch.compiler.disable  # lengths that the host is told would be compiled in, anew for every batch
-def run_experts(experts, group, x, ends):
+def run_experts(experts, group, on_the_wire, x, ends):
     """What Experts.forward does, with the experts of all ranks: x (N*k, C) sorted by expert, ends (E,) -> (N*k, C)."""
     P = group.size()
     if torch.is_autocast_enabled(x.device.type):  # half the bytes on the wire: the experts compute in it anyway
@@ -51,19 +52,38 @@ def run_experts(experts, group, x, ends):
     dist.all_to_all_single(arriving, leaving.contiguous(), group=group)
     sent, received = torch.stack((leaving.sum(1), arriving.sum(1))).tolist()  # the layer's one wait for the device
 
-    x = exchange(GradientTimes.apply(x, P), received, sent, group)  # (M, C), by sender
+    x = Exchange.apply(GradientTimes.apply(x, P), received, sent, group, on_the_wire)  # (M, C), by sender
     here = torch.arange(arriving.shape[1], device=x.device).repeat(P)
     here = here.repeat_interleave(arriving.flatten(), output_size=len(x))  # (M,): the expert of each row
     order = here.argsort(stable=True)
     slots = order.argsort()
     y = experts(Dispatch.apply(x, order, slots, 1), arriving.sum(0).cumsum(0).to(torch.int32))
     y = Combine.apply(y, order, slots, 1).squeeze(1)  # (M, C), by sender again
-    return GradientTimes.apply(exchange(y, sent, received, group), 1 / P)
+    return GradientTimes.apply(Exchange.apply(y, sent, received, group, on_the_wire), 1 / P)
 
 
-def exchange(x, received, sent, group):
+def exchange(x, received, sent, group, on_the_wire):
     """Rows of x to every rank of the group, sent[r] of them to rank r in order, and theirs here: (M, C)."""
-    return wait_tensor(all_to_all_single_autograd(x.contiguous(), received, sent, group))
+    x, out = x.contiguous(), x.new_empty(sum(received), x.shape[1])
+    work = dist.all_to_all_single(out, x, received, sent, group=group, async_op=True)
+    if on_the_wire is not None:
+        on_the_wire()
+    work.wait()
+    return out
+
+
+class Exchange(torch.autograd.Function):
+    """exchange with a gradient, which goes the other way; torch's own waits in its backward as soon as it has sent."""
+
+    @staticmethod
+    def forward(ctx, x, received, sent, group, on_the_wire):
+        ctx.back = sent, received, group, on_the_wire
+        return exchange(x, received, sent, group, on_the_wire)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        return exchange(g, *ctx.back), None, None, None, None
 
 
 class GradientTimes(torch.autograd.Function):

@@ -143,12 +143,13 @@ class Ranks:
 
     # --- the model ---
 
-    def build_pipeline(self, model, schedule, autocast):
-        """Leave of a GPT on the meta device the stages of this process. autocast(): the context of a forward."""
+    def build_pipeline(self, model, schedule, autocast, overlaps=False):
+        """Leave of a GPT on the meta device the stages of this process. autocast(): the context of a forward.
+        overlaps: see overlap.py."""
         if self.pipe is not None:
             import pipeline  # here: sample.py and eval.py need none of torch's pipelining
 
-            self.pipeline = pipeline.Pipeline(model, self.pipe, schedule, self.device)
+            self.pipeline = pipeline.Pipeline(model, self.pipe, schedule, self.device, overlaps)
             self.pipeline.set_autocast(autocast)
 
     def shard(self, model, dtype="float32", reduce_dtype="float32"):
@@ -166,7 +167,7 @@ class Ranks:
         if self.experts is not None:
             import expert_parallel  # here, as pipeline above
 
-            expert_parallel.apply(model, self.experts["expert"])
+            expert_parallel.apply(model, self.experts["expert"], self.pipeline and self.pipeline.turns)
             for _, block in model.blocks():
                 if hasattr(block.mlp, "experts"):  # on their second dimension: the first is cut over "expert"
                     mesh = self.experts["data"]

@@ -39,6 +39,7 @@ from torch.distributed.pipelining.schedules import (
 )
 from torch.utils._pytree import tree_map_only
 
+import overlap
 from layers import MoE
 from model import GPT, RESIDUALS
 
@@ -162,6 +163,7 @@ class Stage(nn.Module):
         if last:
             self.norm, self.lm_head, self.collapse_head = model.norm, model.lm_head, model.collapse_head
         self.model, self.autocast = [model], nullcontext  # in a list: not a part of this module
+        self.lane = overlap.NoLane()
 
     def forward(self, x, carry=None):
         """idx (B, T) in the first stage, else streams (B, T, n, C), and the carry, if any -> the same for the next
@@ -170,16 +172,20 @@ class Stage(nn.Module):
         with self.autocast():
             x = model.embed(x) if self.first else x
             positions = torch.arange(x.shape[1], device=x.device).unsqueeze(0)  # (1, T)
-            x, carry = model.run_sublayers(x, model.sublayers(positions, within=self.range), self.look, carry)
+            sublayers = model.sublayers(positions, within=self.range)
+            if torch.is_grad_enabled():
+                sublayers = overlap.boundaries_beside(sublayers, self.lane)
+            x, carry = model.run_sublayers(x, sublayers, self.look, carry)
             if self.last:
                 return model.exit(x, carry)
         return x if carry is None else (x, carry)
 
 
 class Pipeline:
-    """The stages of this rank, and what runs them with those of the others. mesh: of the W ranks of one pipeline."""
+    """The stages of this rank, and what runs them with those of the others. mesh: of the W ranks of one pipeline;
+    overlaps: whether DualPipeV's pairs take turns, see overlap.py."""
 
-    def __init__(self, model, mesh, schedule, device):
+    def __init__(self, model, mesh, schedule, device, overlaps=False):
         self.group, self.rank, self.size = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         self.schedule_name, self.device, self.schedule, self.model = schedule, device, None, model
         ranges = cut(model.config, self.size, schedule)
@@ -190,6 +196,7 @@ class Pipeline:
                 self.owner[s] = r
         mine = stages_of(self.rank, self.size, schedule)
         self.stages = {s: Stage(model, ranges[s], s == 0, s == self.n_stages - 1) for s in mine}
+        self.turns = overlap.Turns() if overlaps else None
         cut_model(model, self.rank, self.size, schedule)
         model.forward, model.look = self.forward, self.look
 
@@ -231,7 +238,15 @@ class Pipeline:
 
         if self.schedule_name == "1f1b":
             return Schedule1F1B(made[0], micro_batches, loss, scale_grads=False)
-        return {"dualpipev": DualPipeV, "zbv": ZBV}[self.schedule_name](made, micro_batches, loss, scale_grads=False)
+        schedule = {"dualpipev": DualPipeV, "zbv": ZBV}[self.schedule_name](
+            made, micro_batches, loss, scale_grads=False
+        )
+        if self.turns is not None:
+            for stage in self.stages.values():
+                stage.lane = overlap.lane(self.device)
+            lanes = {s: stage.lane for s, stage in self.stages.items()}
+            overlap.Overlap(schedule, dict(zip(self.stages, made, strict=True)), lanes, self.turns)
+        return schedule
 
     def boundary(self, B, T):
         """What goes from stage to stage, without values: the streams, and the carry if there is one."""
@@ -332,6 +347,12 @@ def keep_only(model, blocks, first, last):
 def check(config, s, world):
     """Raise ValueError, naming the rule, for a pipeline that cannot be; s: a run's settings."""
     size, schedule = s["pipeline_size"], s["pipeline_schedule"]
+    if s["pipeline_overlap"] and (size == 1 or schedule != "dualpipev" or s["expert_size"] == 1):
+        raise ValueError(
+            f"pipeline_overlap=True: wanted pipeline_size and expert_size above 1 and pipeline_schedule='dualpipev', "
+            f"whose pairs take turns while tokens are on their way to experts; got {size}, {s['expert_size']} and "
+            f"{schedule!r}"
+        )
     if size == 1:
         return
     if s["parallel"] != "fsdp" or s["shard_size"] or s["reduce_always"]:

@@ -111,6 +111,7 @@ bias_update_speed = 0.001  # gamma: how far an expert's selection bias moves in 
 parallel = "none"  # 'ddp' | 'fsdp': started by torchrun
 pipeline_size = 1  # fsdp: processes over which the depth is cut: see pipeline.py
 pipeline_schedule = "dualpipev"  # 'dualpipev' | 'zbv' | '1f1b'
+pipeline_overlap = False  # dualpipev: while one micro-batch's tokens are on their way, another computes: see overlap.py
 expert_size = 1  # fsdp: processes that share the routed experts, as a rule those of one node: see expert_parallel.py
 shard_size = 0  # fsdp: processes that share one copy of the weights; 0: all. As a rule those of one node
 reduce_always = False  # reduce gradients after every micro-batch, not the last alone: fsdp then keeps only shards
@@ -629,7 +630,7 @@ def train(settings, train_data, val_data, ranks):
     # whose run is in out_dir, before a byte of it is touched or memory is taken
     origin, folder = provenance(settings, train_data, val_data), resume_folder()
     changed = run_folder.same_run(out_dir, folder, origin)
-    ranks.build_pipeline(model, pipeline_schedule, lambda: autocast(ranks.device))
+    ranks.build_pipeline(model, pipeline_schedule, lambda: autocast(ranks.device), pipeline_overlap)
     ranks.shard(model, dtype, reduce_dtype)
     ranks.initialise(model, None if folder else seed)  # a checkpoint brings all values
     net, optimizer = ranks.wrap(model), make_optimizer(model)

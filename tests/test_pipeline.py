@@ -165,8 +165,8 @@ def test_no_sublayers_change_nothing():
 
 
 SETTINGS = dict(
-    pipeline_size=2, pipeline_schedule="dualpipev", parallel="fsdp", shard_size=0, reduce_always=False, batch_size=8,
-    micro_batch_size=1,
+    pipeline_size=2, pipeline_schedule="dualpipev", pipeline_overlap=False, expert_size=1, parallel="fsdp",
+    shard_size=0, reduce_always=False, batch_size=8, micro_batch_size=1,
 )  # fmt: skip
 
 
@@ -178,6 +178,9 @@ SETTINGS = dict(
         (dict(reduce_always=True), 2, "reduce_always=False"),
         (dict(pipeline_size=3), 4, "does not divide the 4 processes"),
         (dict(pipeline_size=8), 8, "16 stages for n_layer=6 blocks"),
+        (dict(pipeline_overlap=True), 2, "wanted pipeline_size and expert_size above 1"),
+        (dict(pipeline_overlap=True, expert_size=2, pipeline_schedule="zbv"), 4, "got 2, 2 and 'zbv'"),
+        (dict(pipeline_overlap=True, expert_size=2, pipeline_size=1), 4, "got 1, 2 and 'dualpipev'"),
         (dict(micro_batch_size=4), 2, "as many micro-batches in a step as stages, 4; there are 2"),
     ],
 )

@@ -22,8 +22,9 @@ SMALL = dict(
 )  # fmt: skip
 LAYOUT = dict(
     dtype="float32", parallel="fsdp", shard_size=0, expert_size=1, pipeline_size=1, pipeline_schedule="dualpipev",
-    reduce_always=False, reduce_dtype="float32", recompute="none", recompute_block=-1, batch_size=8, micro_batch_size=1,
-    seq_len=32, max_steps=10, plan_devices=8, plan_device="H100", plan_mfu=0.4, lr=1e-3, maps_lr_scale=1.0,
+    pipeline_overlap=False, reduce_always=False, reduce_dtype="float32", recompute="none", recompute_block=-1,
+    batch_size=8, micro_batch_size=1, seq_len=32, max_steps=10, plan_devices=8, plan_device="H100", plan_mfu=0.4,
+    lr=1e-3, maps_lr_scale=1.0,
 )  # fmt: skip
 
 
