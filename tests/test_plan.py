@@ -106,8 +106,8 @@ class Sent(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name()
-        if name == "_c10d_functional::all_to_all_single":
-            self.sent["tokens"] += args[0].nbytes * (self.world - 1) / self.world
+        if name == "c10d::alltoall_base_" and args[1].is_floating_point():  # what goes in; and not the counts
+            self.sent["tokens"] += args[1].nbytes * (self.world - 1) / self.world
         if name.startswith("c10d::"):
             sizes = [t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
             if "allgather" in name:
