@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ import run_folder
 from checkpoint import CheckpointError
 from model import GPT, GPTConfig
 from owned import NotOurs
+from parallel import Ranks, by_mesh
 from tests.ranks import run_ranks
 
 TINY = dict(
@@ -49,10 +51,26 @@ TINY = dict(
 )
 
 
+CUT = {"experts": (2, 1), "pipeline": (1, 2), "both": (2, 2)}  # expert_size, pipeline_size
+
+
+def cut(seed, kind):
+    """What this process has of a tiny model whose experts, or depth, are cut; all with FSDP."""
+    ranks = Ranks("fsdp", dist.get_rank(), dist.get_world_size(), torch.device("cpu"), 0, 60, *CUT[kind])
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**TINY))
+    ranks.build_pipeline(model, "1f1b", nullcontext)
+    ranks.shard(model)
+    ranks.initialise(model, seed)
+    return model
+
+
 def make(seed, kind="one", **changes):
-    """A tiny model (bare, 'ddp', 'fsdp', 'hsdp'), its optimizer after two steps, gradients differing everywhere."""
-    model = GPT(GPTConfig(**TINY | changes))
-    model.init_weights(seed)
+    """A tiny model (bare, 'ddp', 'fsdp', 'hsdp', or of CUT), its optimizer after two steps, gradients differing
+    everywhere."""
+    model = GPT(GPTConfig(**TINY | changes)) if kind not in CUT else cut(seed, kind)
+    if kind not in CUT:
+        model.init_weights(seed)
     for i, gate in enumerate(model.gates()):
         gate.e_score_correction_bias += torch.arange(4) * 0.1 * (seed + i)
     net = model
@@ -62,7 +80,7 @@ def make(seed, kind="one", **changes):
         net = fully_shard(model)
     elif kind == "hsdp":  # two copies of two shards
         net = fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01 * seed)
+    optimizer = torch.optim.AdamW([{"params": ps} for ps in by_mesh(net.parameters())], lr=0.01 * seed)
     for _ in range(2):
         for p in net.parameters():
             p.grad = 0.3 * p.detach() + 0.01 * seed
@@ -81,6 +99,10 @@ def everything(net, optimizer):
     found = {name: whole(t) for name, t in model.state_dict().items()}
     for name, p in model.named_parameters():
         found |= {f"{name}.{key}": whole(t) for key, t in optimizer.state[p].items()}
+    if len(model.blocks()) < TINY["n_layer"]:  # the rest is on the other ranks of the pipeline
+        everyones = [None] * dist.get_world_size()
+        dist.all_gather_object(everyones, found)
+        found = {name: t for part in everyones for name, t in part.items()}
     return found
 
 
@@ -175,6 +197,8 @@ def check_resharding(folder, source, seed, targets):
         ("fsdp", 4, {4: ["fsdp"], 2: ["fsdp", "ddp"], 1: ["one", "fsdp"]}),
         ("ddp", 2, {4: ["fsdp"], 1: ["one"]}),
         ("hsdp", 4, {2: ["fsdp"], 4: ["hsdp"]}),
+        ("both", 4, {4: ["fsdp"], 2: ["experts", "pipeline"], 1: ["one"]}),
+        ("one", 1, {4: ["both"]}),
         ("one", 1, {3: ["fsdp", "ddp"]}),  # 3 divides few of the shapes, and alpha (3,) by 4 leaves an empty shard
     ],
 )
