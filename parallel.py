@@ -14,12 +14,13 @@
 
 The groups of FSDP2, each gathered whole when it is run and cut again after:
     every F (an attention, an FFN)   in bf16 when dtype is bfloat16; the shards, gradients and optimizer are fp32
-    the gate of a mixture            fp32: which expert is picked must not depend on bf16 rounding
     the embedding                    as F
-    the root: all the rest           fp32: phi, alpha, b of the mappings (Eq 10-13: never rounded), norms, final head
-The mappings and norms of all sublayers are gathered together, once a forward, and stay until the end of its backward:
-they are small (60 MB for the 27B model), and recompute.py runs them in the backward without running F. The head is in
-the root because the loss calls it once a chunk, and as a group of its own it would be gathered and reduced each time.
+    the root: all the rest           fp32: phi, alpha, b of the mappings (Eq 10-13: never rounded), norms, the final
+                                     head, and gates: which expert is picked must not depend on bf16 rounding
+The mappings, norms and gates of all sublayers are gathered together, once a forward, and stay until the end of its
+backward: they are small (80 MB for the 27B model), and recompute.py runs them in the backward without running F. The
+head is in the root because the loss calls it once a chunk, and as a group of its own it would be gathered and reduced
+each time.
 """
 
 import math
@@ -27,12 +28,13 @@ import os
 import sys
 import warnings
 from datetime import timedelta
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -173,9 +175,16 @@ class Ranks:
                     mesh = self.experts["data"]
                     fully_shard(block.mlp.experts, mesh=mesh, mp_policy=narrow, shard_placement_fn=lambda p: Shard(1))
         roots = self.pipeline.stages.values() if self.pipeline else [model]
-        for module, is_narrow in groups(model, roots):
-            fully_shard(module, mesh=self.mesh, mp_policy=narrow if is_narrow else wide)
-        if not self.pipeline:
+        inner = groups(model)
+        # roots first: what is in a group already, a group around it would not see, and a gate is inside an F
+        for root in roots:
+            fully_shard(
+                root, mesh=self.mesh, mp_policy=wide, ignored_params=parameters(inner) - parameters(model.gates())
+            )
+        for module in inner:
+            fully_shard(module, mesh=self.mesh, mp_policy=narrow, ignored_params=parameters(model.gates()))
+        if not self.pipeline:  # whose stages are gathered for a whole step, and at once
+            prefetch(model)
             cut_again_without_backward(model)
 
     def initialise(self, model, seed=None):
@@ -290,15 +299,30 @@ def limit_waiting(mesh, rank_timeout):
         _set_pg_timeout(timedelta(seconds=rank_timeout), group)
 
 
-def groups(model, roots=None):
-    """FSDP2's groups, inner ones first, as (module, whether bf16 will do). A group has the parameters of its module
-    that no group before it has: the last, the model itself (or the stages of a pipeline), have all the rest."""
-    found = [(model.embed_tokens, True)] if model.embed_tokens is not None else []
+def groups(model):
+    """The modules that are FSDP2's groups, without their gates. The rest is the root's: the model's, or a stage's."""
+    found = [] if model.embed_tokens is None else [model.embed_tokens]
+    return [*found, *(f for _, block in model.blocks() for f in (block.self_attn, block.mlp))]
+
+
+def parameters(modules):
+    return {p for module in modules for p in module.parameters()}
+
+
+def prefetch(model):
+    """Let the weights of the next sublayer be on their way while one is at work, forward and backward.
+
+    FSDP2 asks for a group's weights when the host comes to it: too late where the host waits for the device in between,
+    as in every exchange of tokens. In a backward it asks for one group ahead: under expert_size, whose routed experts
+    are a group inside their FFN, for all but these, which are most of the model."""
+    sublayers = [[model.embed_tokens]]
     for _, block in model.blocks():
-        if hasattr(block.mlp, "gate"):
-            found.append((block.mlp.gate, False))
-        found += [(block.self_attn, True), (block.mlp, True)]
-    return [*found, *((root, False) for root in roots or [model])]
+        experts = [m for m in block.mlp.children() if isinstance(m, FSDPModule)]
+        sublayers += [[block.self_attn], [block.mlp, *experts]]
+    for here, after in pairwise(sublayers):
+        here[0].set_modules_to_forward_prefetch(after)
+    for before, here in pairwise(sublayers[1:]):
+        here[0].set_modules_to_backward_prefetch([*here[1:], *before])
 
 
 def by_mesh(parameters):

@@ -16,7 +16,8 @@ alone and collapsed in the last alone.
 
 Backward passes are whole. torch's schedules split some into an input and a weight part, to fill bubbles with the
 second; but a boundary's gradients come out of one pass over its streams, and split it would run twice. So 'zbv' has the
-bubbles of a whole backward here: take it for its placement, not for its name.
+bubbles of a whole backward here: take it for its placement, not for its name. The forward and the backward that
+'dualpipev' pairs run one after the other, or in turns: overlap.py.
 
 One GPT on each rank keeps what is its own, under its own global names; the other blocks are None. So the optimizer and
 checkpoint.py see parameters as ever, and a checkpoint can be read by another layout.
@@ -106,6 +107,12 @@ def in_flight(actions):
 def stages_of(rank, size, schedule):
     """The numbers of the stages on one rank of the pipeline."""
     return [rank] if schedule == "1f1b" else [rank, 2 * size - 1 - rank]
+
+
+def sends(rank, size, schedule):
+    """How often one rank sends a micro-batch's boundary to another: streams to the next stage, gradients back."""
+    owner = {s: r for r in range(size) for s in stages_of(r, size, schedule)}
+    return sum(owner.get(s + way, rank) != rank for s in stages_of(rank, size, schedule) for way in (-1, 1))
 
 
 def balance(costs, head, stages):

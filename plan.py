@@ -29,7 +29,7 @@ import layers
 import pipeline
 import program
 from model import GPT, MHC, RESIDUALS
-from parallel import check_batch, check_layout, groups
+from parallel import check_batch, check_layout, groups, parameters
 from recompute import best_block, block_cost, block_length
 
 MEMORY = {"B200": 180e9, "H200": 141e9, "H100": 80e9, "A100": 80e9, "MI300X": 192e9}  # bytes, from the makers
@@ -104,14 +104,11 @@ def activation_bytes(c, recompute, block, e, blocks=None):
 
 
 def group_sizes(model, without=()):
-    """(parameters, whether in bf16) of each of FSDP2's groups, in the order of parallel.groups. Parameters in `without`
-    are not counted."""
-    seen, sizes = {id(p) for p in without}, []
-    for module, narrow in groups(model):
-        own = [p for p in module.parameters() if id(p) not in seen]
-        seen.update(id(p) for p in own)
-        sizes.append((sum(p.numel() for p in own), narrow))
-    return sizes
+    """(parameters, whether in bf16) of each of FSDP2's groups, the root last; without the parameters in `without`."""
+    apart = {id(p) for p in [*without, *parameters(model.gates())]}
+    sizes = [sum(p.numel() for p in module.parameters() if id(p) not in apart) for module in groups(model)]
+    rest = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in without) - sum(sizes)
+    return [*((size, True) for size in sizes), (rest, False)]
 
 
 def cut_experts(model, s):
@@ -173,9 +170,9 @@ def memory(model, s, world, block, held=1):
     return {name: int(value) for name, value in parts.items()}
 
 
-def communication(model, s, world):
+def communication(model, s, world, rank=0):
     """{what: bytes that one rank sends in a step}, by ring algorithms: gather and reduce-scatter move (S-1)/S of the
-    whole, all-reduce twice that."""
+    whole, all-reduce twice that. model, world: as in memory; rank: in its pipeline."""
     c, e = model.config, 2 if s["dtype"] == "bfloat16" else 4
     micro_batches = s["batch_size"] // (s["micro_batch_size"] * world)
     P = sum(p.numel() for p in model.parameters())
@@ -208,10 +205,13 @@ def communication(model, s, world):
         ways = 6 if s["recompute"] == "full" else 4  # there and back, forward and backward; and in the replay
         one_way = tokens * c.num_experts_per_tok * c.n_embd * e * (s["expert_size"] - 1) / s["expert_size"]
         moved["all-to-all of tokens"] = int(ways * one_way * len(model.gates()))
-    if s["pipeline_size"] > 1:  # streams forward and their gradient back, from each stage whose neighbour is elsewhere
+    if s["pipeline_size"] > 1:  # streams forward and their gradient back, and the carry's
         tokens = s["micro_batch_size"] * s["seq_len"] * micro_batches
-        neighbours = 1 if s["pipeline_schedule"] == "1f1b" else 2  # rank 0, the fullest: at one end of the V twice
-        moved["streams between stages"] = int(neighbours * tokens * c.n_streams * c.n_embd * e)
+        carry = RESIDUALS[c.residual].closed_carry(c, 1, 1)
+        of_token = c.n_streams * c.n_embd * e + (0 if carry is None else carry.nbytes)
+        moved["streams between stages"] = (
+            pipeline.sends(rank, s["pipeline_size"], s["pipeline_schedule"]) * tokens * of_token
+        )
     if S < world:
         copies = world // S
         moved["all-reduce between copies"] = int(2 * (copies - 1) / copies * reduced / S)
@@ -262,7 +262,8 @@ def report(config, s):
         (memory(model, s, alike, block, held) for model, held in of_ranks), key=lambda parts: sum(parts.values())
     )
     print_bytes("memory per device", most, MEMORY[s["plan_device"]])
-    most = max((communication(model, s, alike) for model, _ in of_ranks), key=lambda parts: sum(parts.values()))
+    sent = [communication(model, s, alike, rank) for rank, (model, _) in enumerate(of_ranks)]
+    most = max(sent, key=lambda parts: sum(parts.values()))
     print_bytes("sent by each rank in a step", most)
     if most:
         print(f"  most of it: {max(most, key=most.get)}")

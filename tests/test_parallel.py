@@ -11,6 +11,8 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 import parallel
 import recompute
@@ -74,8 +76,8 @@ def check_same(root, run):
         (4, "--parallel=fsdp --expert_size=2 --recompute=full --micro_batch_size=2"),
         (4, "--parallel=fsdp --expert_size=4 --reduce_always=True"),
         (2, "--parallel=fsdp --pipeline_size=2 --pipeline_schedule=1f1b --recompute=mhc"),
-        (4, "--parallel=fsdp --pipeline_size=2 --recompute=full"),
-        (4, "--parallel=fsdp --pipeline_size=2 --pipeline_schedule=zbv --expert_size=2 --recompute=mhc"),
+        (4, "--parallel=fsdp --pipeline_size=2 --pipeline_schedule=zbv --recompute=full"),
+        (4, "--parallel=fsdp --pipeline_size=2 --pipeline_overlap=True --expert_size=2 --recompute=mhc"),
     ],
 )
 def test_losses_equal_one_process(root, world, layout):
@@ -150,11 +152,11 @@ SMALL = dict(
 )  # fmt: skip
 
 
-def sharded(dtype="float32", reduce_dtype="float32"):
+def sharded(dtype="float32", reduce_dtype="float32", expert_size=1):
     """A GPT over all processes: its values, its shards, its small object."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**SMALL))
-    ranks = parallel.Ranks("fsdp", dist.get_rank(), dist.get_world_size(), torch.device("cpu"), 0, 60)
+    ranks = parallel.Ranks("fsdp", dist.get_rank(), dist.get_world_size(), torch.device("cpu"), 0, 60, expert_size)
     ranks.shard(model, dtype, reduce_dtype)
     ranks.initialise(model, 7)
     return model, ranks
@@ -286,11 +288,72 @@ def check_reduction():
             assert 1e-4 < error < 1e-2 and rounded.dtype == torch.float32, (name, error)
 
 
+def check_prefetch():
+    """Forward, each sublayer sends for the next one's weights; backward for those before it, nearest first."""
+    wanted, inner = {}, {}
+
+    def watch(way):
+        inner[way] = getattr(FSDPModule, f"set_modules_to_{way}_prefetch")
+
+        def watched(module, modules):
+            wanted[way, module] = modules
+            inner[way](module, modules)
+
+        setattr(FSDPModule, f"set_modules_to_{way}_prefetch", watched)
+
+    watch("forward")
+    watch("backward")
+
+    def lists(expert_size):
+        wanted.clear()
+        model, _ = sharded(expert_size=expert_size)
+        names = {module: name.removeprefix("layers.") for name, module in model.named_modules()}
+        found = {"forward": {}, "backward": {}}
+        for (way, module), modules in wanted.items():
+            found[way][names[module]] = [names[m] for m in modules]
+        return found
+
+    one, other = lists(1), lists(2)
+    assert one["forward"] == {
+        "embed_tokens": ["0.self_attn"], "0.self_attn": ["0.mlp"], "0.mlp": ["1.self_attn"], "1.self_attn": ["1.mlp"],
+    }  # fmt: skip
+    assert one["backward"] == {"0.mlp": ["0.self_attn"], "1.self_attn": ["0.mlp"], "1.mlp": ["1.self_attn"]}
+    assert other["forward"] == one["forward"] | {"1.self_attn": ["1.mlp", "1.mlp.experts"]}
+    assert other["backward"] == one["backward"] | {"1.mlp": ["1.mlp.experts", "1.self_attn"]}
+
+
+def check_gathers():
+    """In a forward a sublayer's weights are sent for before the one ahead of it runs, and the gate's with the root's:
+    one gather for each group."""
+    model, _ = sharded()
+    log = []
+    for name, module in model.named_modules():
+        if name.endswith(("self_attn", "mlp")):
+            module.register_forward_pre_hook(lambda *_, name=name: log.append(name))
+    gather = FSDPParamGroup.unshard
+
+    def unshard(group, *args):
+        if not group.is_unsharded and group._all_gather_result is None:
+            log.append([p._param_fqn for p in group.fsdp_params])
+        return gather(group, *args)
+
+    FSDPParamGroup.unshard = unshard
+    with torch.no_grad():
+        model(torch.randint(61, (1, 8)))
+    root, *log = log
+    assert "norm.weight" in root and "layers.1.mlp.gate.weight" in root
+    log = [entry if isinstance(entry, str) else ".".join(entry[0].split(".")[:3]) for entry in log]  # of its first one
+    first, dense, second, mixture = "layers.0.self_attn", "layers.0.mlp", "layers.1.self_attn", "layers.1.mlp"
+    # each once when sent for, and once when it runs
+    assert log == ["embed_tokens.weight", first, dense, first, second, dense, mixture, second, mixture]
+
+
 def check_timeouts():
     """The groups inside a mesh wait as long as rank_timeout says, and not torch's half hour."""
-    for shard_size, expert_size in ((1, 1), (0, 2), (0, 1)):
-        ranks = parallel.Ranks("fsdp", dist.get_rank(), 2, torch.device("cpu"), shard_size, 7, expert_size)
-        meshes = [mesh for mesh in (ranks.mesh, ranks.experts) if mesh is not None]
+    for shard_size, expert_size, pipeline_size in ((1, 1, 1), (0, 2, 1), (0, 1, 1), (0, 1, 2)):
+        cuts = shard_size, 7, expert_size, pipeline_size
+        ranks = parallel.Ranks("fsdp", dist.get_rank(), 2, torch.device("cpu"), *cuts)
+        meshes = [mesh for mesh in (ranks.mesh, ranks.experts, ranks.pipe) if mesh is not None]
         for group in [group for mesh in meshes for group in mesh.get_all_groups()]:
             assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=7)
 
@@ -302,6 +365,8 @@ CHECKS = [
     check_synchronisation,
     check_compiled,
     check_reduction,
+    check_prefetch,
+    check_gathers,
     check_timeouts,
 ]
 

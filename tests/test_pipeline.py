@@ -10,10 +10,12 @@ from torch.distributed.pipelining import PipelineStage
 import layers
 import mhc_cpu
 import pipeline
+import plan
 import recompute
 from model import GPT, GPTConfig, run_sublayers
 from parallel import Ranks
 from tests.ranks import run_ranks
+from tests.test_plan import LAYOUT
 from tools.pipeline_report import Times, simulate
 
 SMALL = dict(
@@ -136,10 +138,10 @@ def test_compiled_stages_hand_the_H_pre_of_single_pass_to_the_next():
     run_ranks(2, check_single_pass)
 
 
-def check_order(schedule):
-    """torch is watched at its stages' own methods."""
-    ranks, gpt, idx, targets = build(2, schedule)
-    seen = []
+def check_order(schedule, settings):
+    """torch is watched at its stages' own methods, and where it sends."""
+    ranks, gpt, idx, targets = build(4, schedule, **settings)
+    seen, sent = [], []
 
     def watch(kind, inner):
         def watched(self, mb, *args, **kwargs):
@@ -148,15 +150,29 @@ def check_order(schedule):
 
         return watched
 
+    def weigh(inner):
+        def weighed(self, mb):
+            ops = inner(self, mb)
+            sent.extend(op.tensor.nbytes for op in ops)
+            return ops
+
+        return weighed
+
+    PipelineStage.get_fwd_send_ops = weigh(PipelineStage.get_fwd_send_ops)
+    PipelineStage.get_bwd_send_ops = weigh(PipelineStage.get_bwd_send_ops)
     PipelineStage.forward_one_chunk = watch("F", PipelineStage.forward_one_chunk)
     PipelineStage.backward_one_chunk = watch("B", PipelineStage.backward_one_chunk)
     ranks.pipeline.step(idx, targets, 8)
-    assert seen == pipeline.order(schedule, 2, 8)[dist.get_rank()]
+    rank = dist.get_rank()
+    assert seen == pipeline.order(schedule, 4, 8)[rank]
+    s = LAYOUT | dict(pipeline_size=4, pipeline_schedule=schedule, batch_size=8, seq_len=8)
+    assert sum(sent) == plan.communication(gpt, s, 1, rank)["streams between stages"] > 0
 
 
-@pytest.mark.parametrize("schedule", pipeline.SCHEDULES)
-def test_the_order_is_the_one_torch_executes(schedule):
-    run_ranks(2, check_order, schedule)
+@pytest.mark.parametrize("schedule, settings", [("dualpipev", {}), ("zbv", dict(single_pass=True)), ("1f1b", {})])
+def test_the_order_and_the_bytes_are_those_of_what_torch_executes(schedule, settings):
+    """On every one of four ranks."""
+    run_ranks(4, check_order, schedule, settings)
 
 
 def test_no_sublayers_change_nothing():

@@ -8,7 +8,8 @@ wire from the bytes of a closed boundary; a backward takes twice a forward. All 
 
     exposed   the streams' share of the wire is waited for: a stage computes nothing while it sends
     hidden    it goes on beside the next action, and half of the boundaries (those of FFN sublayers) run beside the
-              other micro-batch's all-to-all, as the paper has it: what torch's schedules do not do by themselves
+              other micro-batch's all-to-all, as the paper has it. torch's schedules do not do that by themselves;
+              overlap.py is for it, and what it hides on a GPU was never measured
 """
 
 from dataclasses import dataclass
