@@ -154,10 +154,11 @@ class Ranks:
             self.pipeline = pipeline.Pipeline(model, self.pipe, schedule, self.device, overlaps)
             self.pipeline.set_autocast(autocast)
 
-    def shard(self, model, dtype="float32", reduce_dtype="float32"):
+    def shard(self, model, dtype="float32", reduce_dtype="float32", recompute="none"):
         """FSDP2 over a GPT, in place, still without values (on the meta device, so that it is never whole anywhere).
         Nothing for the other layouts. dtype: 'bfloat16' gathers the sublayers in bf16. reduce_dtype: 'bfloat16' sends
-        their gradients in it, and adds up in it those of micro-batches that are not exchanged one by one."""
+        their gradients in it, and adds up in it those of micro-batches that are not exchanged one by one. recompute:
+        as of recompute.apply."""
         if self.parallel != "fsdp":
             return
         # inputs are not cast: the streams have the right dtype, and positions and angles must keep theirs
@@ -184,7 +185,8 @@ class Ranks:
         for module in inner:
             fully_shard(module, mesh=self.mesh, mp_policy=narrow, ignored_params=parameters(model.gates()))
         if not self.pipeline:  # whose stages are gathered for a whole step, and at once
-            prefetch(model)
+            if recompute != "full":  # the replay of an F would send for what is behind it, which the backward has done
+                prefetch(model)
             cut_again_without_backward(model)
 
     def initialise(self, model, seed=None):

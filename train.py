@@ -631,7 +631,7 @@ def train(settings, train_data, val_data, ranks):
     origin, folder = provenance(settings, train_data, val_data), resume_folder()
     changed = run_folder.same_run(out_dir, folder, origin)
     ranks.build_pipeline(model, pipeline_schedule, lambda: autocast(ranks.device), pipeline_overlap)
-    ranks.shard(model, dtype, reduce_dtype)
+    ranks.shard(model, dtype, reduce_dtype, recompute)
     ranks.initialise(model, None if folder else seed)  # a checkpoint brings all values
     net, optimizer = ranks.wrap(model), make_optimizer(model)
     first, state = begin(folder, model, optimizer, changed, origin)

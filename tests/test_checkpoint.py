@@ -51,7 +51,7 @@ TINY = dict(
 )
 
 
-CUT = {"experts": (2, 1), "pipeline": (1, 2), "both": (2, 2)}  # expert_size, pipeline_size
+CUT = {"pipeline": (1, 2), "both": (2, 2)}  # expert_size, pipeline_size
 
 
 def cut(seed, kind):
@@ -197,7 +197,7 @@ def check_resharding(folder, source, seed, targets):
         ("fsdp", 4, {4: ["fsdp"], 2: ["fsdp", "ddp"], 1: ["one", "fsdp"]}),
         ("ddp", 2, {4: ["fsdp"], 1: ["one"]}),
         ("hsdp", 4, {2: ["fsdp"], 4: ["hsdp"]}),
-        ("both", 4, {4: ["fsdp"], 2: ["experts", "pipeline"], 1: ["one"]}),
+        ("both", 4, {2: ["pipeline"], 1: ["one"]}),
         ("one", 1, {4: ["both"]}),
         ("one", 1, {3: ["fsdp", "ddp"]}),  # 3 divides few of the shapes, and alpha (3,) by 4 leaves an empty shard
     ],

@@ -129,7 +129,7 @@ def count_sent(mode, every, micro_batches, expert_size=1, reduce_dtype="float32"
     wanted = plan.communication(model, s, world)
     recompute.apply(model, mode)
     ranks = Ranks("fsdp", dist.get_rank(), world, torch.device("cpu"), 0, 60, expert_size)
-    ranks.shard(model, reduce_dtype=reduce_dtype)
+    ranks.shard(model, reduce_dtype=reduce_dtype, recompute=mode)
     ranks.initialise(model, 0)
     idx = torch.randint(64, (1, 32))
     with Sent(world) as counted:
