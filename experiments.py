@@ -36,7 +36,7 @@ import torch
 import owned
 import train
 from configurator import at_least, configure, fail, read_file
-from model import CHOICES, RESIDUALS
+from model import CHOICES, GPT, RESIDUALS, GPTConfig
 from owned import whole_file, write_json
 from records import METRIC, anything, each, read_bytes, read_json, read_lines
 
@@ -198,7 +198,7 @@ def cells_of(experiment):
 # -- results ----------------------------------------------------------------------------------------------------------
 
 MEASURED = (
-    "commit torch steps tokens params seconds finite skipped val_loss train_loss grad_norm_max "
+    "commit torch steps tokens params flops seconds finite skipped val_loss train_loss grad_norm_max "
     "gain_fwd_max gain_fwd_min gain_bwd_max gain_bwd_min gain_peak "
     # lists of numbers with spaces between them: over training ...
     "at_step loss_curve grad_norm_curve eval_step val_curve gain_curve "
@@ -258,6 +258,7 @@ def measure(cell, folder):
         "steps": steps[-1]["step"],
         "tokens": steps[-1]["step"] * settings["batch_size"] * settings["seq_len"],
         "params": last["params"],
+        "flops": f"{flops_per_token(settings) * steps[-1]['step'] * settings['batch_size'] * settings['seq_len']:.4g}",
         "seconds": round(sum(r["step_ms"] for r in steps) / 1e3, 1),
         "finite": done and steps[-1]["skipped"] == 0 and bool(np.isfinite(loss).all()),
         "skipped": steps[-1]["skipped"],
@@ -271,6 +272,13 @@ def measure(cell, folder):
         "val_curve": numbers(r["val_loss"] for r in evals),
     }
     return row | gains_of(evals, folder) if "composite_fwd_max" in last else row
+
+
+def flops_per_token(settings):
+    with torch.device("meta"):
+        return GPT(
+            GPTConfig(**{k: v for k, v in settings.items() if k in GPTConfig.__dataclass_fields__})
+        ).flops_per_token()
 
 
 def gains_of(evals, folder):

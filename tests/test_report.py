@@ -2,10 +2,12 @@
 
 import math
 
+import numpy as np
 import pytest
 
 import experiments
-from tools import report
+from tools import report, rows
+from tools.rows import power_law
 
 
 def rows_with(losses, gains):
@@ -50,12 +52,12 @@ GAINS = {
 
 
 def test_means_and_paired_differences_have_their_standard_error():
-    assert report.mean_se([4.0, 5.0, 6.0]) == "5.000 ± 0.577"  # sd 1 over sqrt 3
-    assert report.mean_se([4.0]) == "4.000 (one seed)" and report.mean_se([]) == "–"
-    assert report.mean_se([4.0, math.inf]) == "not finite in 1 of 2"
+    assert rows.mean_se([4.0, 5.0, 6.0]) == "5.000 ± 0.577"  # sd 1 over sqrt 3
+    assert rows.mean_se([4.0]) == "4.000 (one seed)" and rows.mean_se([]) == "–"
+    assert rows.mean_se([4.0, math.inf]) == "not finite in 1 of 2"
     a, b = {1: 5.0, 2: 7.0, 3: 1.0}, {1: 4.0, 2: 8.0, 4: 9.0}
-    assert report.paired(b, a) == "0.000 ± 1.000"  # seeds 1 and 2 alone: differences -1 and 1
-    assert report.paired({1: 1.0, 2: 1.5}, {1: 2.0, 2: 2.0}) == "−0.750 ± 0.250"
+    assert rows.paired(b, a) == "0.000 ± 1.000"  # seeds 1 and 2 alone: differences -1 and 1
+    assert rows.paired({1: 1.0, 2: 1.5}, {1: 2.0, 2: 2.0}) == "−0.750 ± 0.250"
 
 
 def test_a_page_from_rows(place):
@@ -106,3 +108,82 @@ def test_fewer_than_five_seeds_are_no_verdict_and_no_rows_no_number(place, monke
     (place / "results" / "rates.csv").unlink()
     report.main()
     assert "Not run yet: `python experiments.py rates`" in (place / "REPORT.md").read_text()
+
+
+# -- the other experiments ---------------------------------------------------------------------------------------------
+
+
+def rows_of(cells, loss, **more):
+    """{cell: row}: loss(cell), and more(cell) or a value, of each."""
+    shared = {
+        "seconds": 1,
+        "tokens": 5,
+        "commit": "c",
+        "params": 9,
+        "gain_peak": 2,
+        "at_step": "1 2",
+        "loss_curve": "5 4",
+    }
+    rows = {}
+    for cell in cells:
+        row = {"cell": experiments.name_of(cell), **shared, **cell, "val_loss": loss(cell)}
+        rows[row["cell"]] = row | {k: v(cell) if callable(v) else v for k, v in more.items()}
+    return rows
+
+
+def section(place, name, rows):
+    experiments.write_rows(str(place / "results" / f"{name}.csv"), rows)
+    return report.section(name)
+
+
+def test_a_power_law_is_found_with_an_interval_that_narrows_with_the_noise():
+    flops = np.array([1e12, 4e12, 3e13])
+    exact = 40 * flops[:, None] ** -0.07 * np.ones(5)
+    assert np.allclose(power_law(flops, exact), 0.07)
+    noise = np.random.default_rng(1).normal(size=(3, 5))
+    (b, low, high), (_, nearer, _) = (power_law(flops, exact + size * noise) for size in (0.05, 0.005))
+    assert low < b < high and abs(b - 0.07) < 0.01 and abs(nearer - 0.07) < abs(low - 0.07)
+
+
+def test_sizes_have_gaps_with_errors_exponents_and_the_trend_of_the_gap(place):
+    flops = {4: 1e12, 6: 3e12, 10: 1e13}
+
+    def loss(cell):
+        F, seed = flops[cell.get("n_layer", 10)], cell["seed"]
+        gap = {"baseline": 0, "hc": 0.1, "mhc": 0.2}[cell["residual"]] * F**0.01
+        return 40 * F**-0.07 + 0.01 * seed - gap
+
+    cells = [
+        size | kind | {"lr": 3e-3, "maps_lr_scale": 30, "seed": s}
+        for size in experiments.SIZES
+        for kind in experiments.KINDS
+        for s in (2, 3, 4)
+    ]
+    rows = rows_of(cells, loss, flops=lambda c: flops[c.get("n_layer", 10)])
+    page = section(place, "sizes", rows)
+    gap = f"{0.1 * 1e13**0.01:.3f}".replace("-", "−")
+    assert (
+        f"| 10 layers of 64 | 5 | HC | 0.003, × 30 | 3 | {loss(cells[33] | {'seed': 3}):.3f} ± 0.006 | −{gap} ± 0.000 |"
+        in page
+    )
+    assert "- baseline: loss ∝ FLOPs^−0.0" in page and "- mHC, single-pass: loss ∝ FLOPs^−" in page
+    wider = 0.1 * (1e13**0.01 - 1e12**0.01)
+    assert f"- HC less the baseline, largest size less smallest: −{wider:.3f} ± 0.000." in page
+    assert (place / "assets" / "sizes.png").stat().st_size > 10_000
+    few = {name: row for name, row in rows.items() if row.get("n_layer") != 6}
+    assert "Power laws want all sizes" in section(place, "sizes", few)
+
+
+def test_what_decides_depth_ablation_and_choices_are_paired_by_seed(place):
+    loss = lambda c: 5 + 0.1 * c["seed"] - {"hc": 0.3, "mhc": 0.2, "baseline": 0}[c["residual"]]  # noqa: E731
+    cells = experiments.decides()
+    page = section(place, "decides", rows_of(cells, loss, gain_peak=lambda c: 1e9 if c["residual"] == "hc" else 1))
+    assert "| max_steps=800 | × 100 | 5 | −0.100 ± 0.000 | −0.100 ± 0.000 | 1e+09 |" in page
+    page = section(place, "depth", rows_of(experiments.depth(), loss, composite="0.25 0.25 0.25 0.25"))
+    assert "composite from 1/n" in page and "| 0.25 |" in page  # 2 × 2 of a quarter: a quarter off one half
+    assert (place / "assets" / "depth.png").stat().st_size > 10_000
+    page = section(place, "ablation", rows_of(experiments.ablation(), loss))
+    assert "−0.300 ± 0.000" in page and "−0.200 ± 0.000" in page and "0.000 ± 0.000" in page
+    worse = rows_of(experiments.choices(), lambda c: loss(c) + 0.05 * (c.get("manifold", "sinkhorn") != "sinkhorn"))
+    assert section(place, "choices", worse).count("0.050 ± 0.000") == 5  # the other manifolds
+    assert "lr" in section(place, "tune", rows_of(experiments.tune()[:4], loss))

@@ -31,6 +31,8 @@ import owned
 from configurator import configure, fail, read_file
 from experiments import DEMO, ELSEWHERE, EXPERIMENTS, read_rows, results
 from records import read_bytes
+from tools import sections
+from tools.rows import behind, floats, is_below, mean_se, paired, pick, span, table, values
 
 out = "REPORT.md"
 assets = "assets"  # folder of the pictures
@@ -42,59 +44,6 @@ NAMES = {"baseline": "baseline", "hc": "HC", "home": "mHC, 'home'", "paper": "mH
 KINDS = {"baseline": BASELINE, "hc": HC, "home": HOME, "paper": PAPER}
 SCALES = (1, 10, 30, 100, 300)
 BROKEN = 1e6  # a gain beyond which the maps are called broken
-
-
-# -- rows and numbers -------------------------------------------------------------------------------------------------
-
-
-def pick(rows, **settings):
-    """{seed: row} of the rows with these settings."""
-    same = [r for r in rows.values() if all(r.get(k) == f"{v}" for k, v in settings.items())]
-    return {int(r["seed"]): r for r in same}
-
-
-def values(rows, column):
-    """{seed: number}; a loss that is no number any more counts as infinite."""
-    return {seed: float(r[column]) if r[column] not in ("", "nan") else math.inf for seed, r in rows.items()}
-
-
-def mean_se(numbers, digits=3):
-    """'4.570 ± 0.020': the mean and its standard error over seeds."""
-    numbers = list(numbers)
-    if not numbers:
-        return "–"
-    if not all(map(math.isfinite, numbers)):
-        return f"not finite in {sum(not math.isfinite(v) for v in numbers)} of {len(numbers)}"
-    if len(numbers) == 1:
-        return f"{numbers[0]:.{digits}f} (one seed)".replace("-", "−")
-    error = statistics.stdev(numbers) / math.sqrt(len(numbers))
-    return f"{statistics.mean(numbers):.{digits}f} ± {error:.{digits}f}".replace("-", "−")
-
-
-def paired(a, b, digits=3):
-    """The mean difference a - b over the seeds that both have, with its standard error."""
-    return mean_se((a[s] - b[s] for s in sorted(a.keys() & b.keys())), digits)
-
-
-def behind(a, b):
-    """How often a's loss is the higher one, over the seeds that both have."""
-    both = a.keys() & b.keys()
-    return f"{sum(a[s] > b[s] for s in both)} of {len(both)}"
-
-
-def span(numbers):
-    """'300 to 1.4e+03', '1.2' where they are equal to two digits."""
-    low, high = (f"{f(numbers):.2g}" for f in (min, max))
-    return low if low == high else f"{low} to {high}"
-
-
-def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
-def floats(row, column):
-    return np.array([float(v) for v in row[column].split()])
 
 
 def command_of(name):
@@ -265,32 +214,20 @@ def draw_demo(rows):
     save(fig, "demo")
 
 
-# -- any other experiment: a table of its rows, averaged over seeds --------------------------------------------------
-
-VARYING = (
-    "n_layer n_embd max_steps residual manifold single_pass maps_init learned_maps lr maps_lr_scale alpha_init "
-    "collapse n_streams sinkhorn_iters"
-).split()
+# -- the other experiments ---------------------------------------------------------------------------------------------
 
 
-def grid_section(name):
-    """One line for each combination of settings, averaged over its seeds."""
-    rows = read_rows(os.path.join(results, f"{name}.csv"))
+def section(name):
+    """An experiment's title, and what its rows say (tools/sections.py), or that it has none; its figure is drawn."""
+    title, rows = f"## {name}: {EXPERIMENTS[name].question}", read_rows(os.path.join(results, f"{name}.csv"))
     if not rows:
-        return not_run(name)
-    groups = {}
-    for row in rows.values():
-        groups.setdefault(tuple((k, row[k]) for k in VARYING if row.get(k)), []).append(row)
-    columns = [k for k in VARYING if any(k in dict(g) for g in groups)]
-    lines = []
-    for group, some in groups.items():
-        loss = values({int(r["seed"]): r for r in some}, "val_loss").values()
-        gains = [float(r["gain_peak"] or "nan") for r in some]
-        peak = "–" if any(map(math.isnan, gains)) else span(gains)
-        lines.append([*(dict(group).get(k, "") for k in columns), len(some), mean_se(loss), peak])
-    done = len(rows)
-    wanted = len(EXPERIMENTS[name].cells())
-    return f"{done} of {wanted} cells.\n\n" + table([*columns, "seeds", "val. loss", "peak gain"], lines)
+        return f"{title}\n\n{not_run(name)}"
+    text, fig = sections.SECTIONS[name](rows)
+    done = f"{len(rows)} of {len(EXPERIMENTS[name].cells())} cells."
+    if fig:
+        save(fig, name)
+        text += f"\n\n![{name}]({os.path.join(assets, f'{name}.png')})"
+    return f"{title}\n\n{done}\n\n{text}"
 
 
 # -- the first page ---------------------------------------------------------------------------------------------------
@@ -363,14 +300,6 @@ def verdict(words, *losses):
     return words if fewest >= 5 else f"open: {fewest} of 5 seeds"
 
 
-def is_below(a, b):
-    """Whether a is below b by more than two standard errors of the paired difference."""
-    d = [a[s] - b[s] for s in a.keys() & b.keys()]
-    if len(d) < 2 or not all(map(math.isfinite, d)):
-        return False
-    return statistics.mean(d) + 2 * statistics.stdev(d) / math.sqrt(len(d)) < 0
-
-
 def leaderboard(rows):
     """Our means at the demo's settings, then the lines of results/leaderboard.csv, best loss first."""
     lines = []
@@ -397,8 +326,6 @@ def leaderboard(rows):
 
 # -- the page ---------------------------------------------------------------------------------------------------------
 
-SECTIONS = ("tune", "sizes", "decides", "depth", "ablation", "choices")
-
 
 def page(rows):
     n = len(EXPERIMENTS["rates"].cells())
@@ -412,7 +339,7 @@ def page(rows):
         table(["claim", "the paper's", "ours", "command", "training time", "verdict"], verdicts(rows)),
         f"## The rate of the maps ({len(rows)} of {n} cells)\n\n{rates_section(rows)}",
         f"## The demo over five seeds\n\n{demo_section(rows)}",
-        *(f"## {name}: {EXPERIMENTS[name].question}\n\n{grid_section(name)}" for name in SECTIONS),
+        *map(section, sections.SECTIONS),
         "## Leaderboard\n\nA line is a mean over seeds. To add one, append `config,variant,loss,tokens,command,commit` "
         "to `results/leaderboard.csv` and run `make report`.\n\n"
         + table(["config", "variant", "val. loss", "tokens", "command", "commit"], leaderboard(rows)),

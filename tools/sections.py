@@ -1,0 +1,214 @@
+"""REPORT.md's sections of the experiments after `rates`: each takes its rows, and gives a text and a figure or None."""
+
+import math
+import statistics
+from functools import cache
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from configurator import read_file
+from experiments import DEMO, KINDS, SIZES
+from model import GPTConfig
+from tools.rows import differences, floats, mean_se, paired, pick, power_law, span, table, values
+
+VARYING = (
+    "n_layer n_embd max_steps residual manifold single_pass maps_init learned_maps lr maps_lr_scale alpha_init "
+    "collapse n_streams sinkhorn_iters"
+).split()
+BASELINE = {"residual": "baseline"}
+COLORS = ("#777777", "#d55e00", "#0072b2", "#009e73", "#cc79a7")
+
+
+def groups(rows):
+    """{settings without the seed, as a tuple of pairs: {seed: row}}, in the order of the rows."""
+    found = {}
+    for row in rows.values():
+        found.setdefault(tuple((k, row[k]) for k in VARYING if row.get(k)), {})[int(row["seed"])] = row
+    return found
+
+
+def grid_table(rows, more=()):
+    """One line for each combination of settings, over its seeds. more: (header, function of {seed: row}) pairs."""
+    found = groups(rows)
+    columns = [k for k in VARYING if any(k in dict(g) for g in found)]
+    lines = []
+    for group, some in found.items():
+        gains = [float(r["gain_peak"] or "nan") for r in some.values()]
+        peak = "–" if any(map(math.isnan, gains)) else span(gains)
+        extra = [f(some) for _, f in more]
+        loss = values(some, "val_loss").values()
+        lines.append([*(dict(group).get(k, "") for k in columns), len(some), mean_se(loss), *extra, peak])
+    return table([*columns, "seeds", "val. loss", *(name for name, _ in more), "peak gain"], lines)
+
+
+def exactly(rows, **settings):
+    """{seed: row} of the rows that have these settings and no others."""
+    return pick(rows, **dict.fromkeys(VARYING, "") | settings)
+
+
+def loss_of(rows, **settings):
+    return values(exactly(rows, **settings), "val_loss")
+
+
+def chart(n, width=5.5):
+    fig, axes = plt.subplots(1, n, figsize=(width * n, 3.8), layout="constrained")
+    return fig, axes if n > 1 else [axes]
+
+
+def finish(axes):
+    for ax in axes:
+        ax.grid(alpha=0.25, linewidth=0.5)
+        ax.legend(frameon=False, fontsize=8)
+
+
+def tune(rows):
+    """Which of its rates is best for each kind and size."""
+    return grid_table(rows), None
+
+
+# -- sizes: Figs 5 and 6 -----------------------------------------------------------------------------------------------
+
+
+def name_of(kind):
+    if kind["residual"] != "mhc":
+        return {"baseline": "baseline", "hc": "HC"}[kind["residual"]]
+    return "mHC" + ("" if len(kind) == 1 else ", single-pass" if "single_pass" in kind else ", H_res = I")
+
+
+def at_size(rows, size, kind):
+    """{seed: row}, whatever the rates that `tune` has chosen."""
+    wanted = dict.fromkeys(("n_layer", "n_embd", "max_steps", "manifold", "single_pass"), "") | size | kind
+    return pick(rows, **wanted)
+
+
+@cache
+def size_name(size):
+    given = {k: v for k, v in read_file(DEMO).items() if k in GPTConfig.__dataclass_fields__} | dict(size)
+    return f"{given['n_layer']} layers of {given['n_embd']}"
+
+
+def sizes(rows):
+    lines, found = [], {}
+    for size in SIZES:
+        base = values(at_size(rows, size, BASELINE), "val_loss")
+        for kind in KINDS:
+            if some := at_size(rows, size, kind):
+                loss, one = values(some, "val_loss"), next(iter(some.values()))
+                found.setdefault(name_of(kind), []).append((float(one["flops"] or "nan"), loss))
+                rates = f"{one['lr']}, × {one['maps_lr_scale'] or 1}"
+                less = "–" if kind == BASELINE else paired(loss, base)
+                lines.append([size_name(tuple(size.items())), one["tokens"], name_of(kind), rates, len(some),
+                              mean_se(loss.values()), less])  # fmt: skip
+    header = ["size", "tokens", "", "lr, maps' rate", "seeds", "val. loss", "less the baseline's"]
+    return f"{table(header, lines)}\n\n{laws(found)}", draw_sizes(rows, found)
+
+
+def complete(points):
+    """[(FLOPs, {seed: loss})] of all sizes -> FLOPs (sizes,), losses (sizes, seeds); None with fewer than two seeds."""
+    seeds = sorted(set.intersection(*(set(loss) for _, loss in points)))
+    losses = np.array([[loss[s] for s in seeds] for _, loss in points])
+    if len(points) < len(SIZES) or len(seeds) < 2 or not np.isfinite(losses).all():
+        return None
+    return np.array([flops for flops, _ in points]), losses
+
+
+def laws(found):
+    """Fig 6: the exponent of each kind, and how its distance from the baseline goes with size."""
+    lines = []
+    for name, points in found.items():
+        if fit := complete(points):
+            b, low, high = power_law(*fit)
+            lines.append(f"- {name}: loss ∝ FLOPs^−{b:.4f} (95 %: {low:.4f} to {high:.4f}).")
+    for name, points in found.items():
+        if name != "baseline" and complete(points) and complete(found.get("baseline", points[:1])):
+            gaps = [differences(a[1], b[1]) for a, b in zip(points, found["baseline"], strict=True)]
+            lines.append(f"- {name} less the baseline, largest size less smallest: {paired(gaps[-1], gaps[0])}.")
+    return "\n".join(lines) or "Power laws want all sizes and two seeds of a kind."
+
+
+def draw_sizes(rows, found):
+    """Losses less the baseline's over the largest size's training; losses against FLOPs."""
+    fig, (left, right) = chart(2)
+    base = at_size(rows, SIZES[-1], BASELINE)
+    for kind, color in zip(KINDS, COLORS, strict=True):
+        some = at_size(rows, SIZES[-1], kind)
+        if kind != BASELINE and (seeds := sorted(some.keys() & base.keys())):
+            curves = [floats(some[s], "loss_curve") - floats(base[s], "loss_curve") for s in seeds]
+            left.plot(floats(some[seeds[0]], "at_step"), np.mean(curves, 0), color=color, label=name_of(kind))
+        if points := found.get(name_of(kind)):
+            means = [statistics.mean(loss.values()) for _, loss in points]
+            right.plot([flops for flops, _ in points], means, color=color, marker="o", label=name_of(kind))
+    left.axhline(0, color=COLORS[0], linewidth=1, label="baseline")
+    left.set(title="training loss less the baseline's (Fig 5)", xlabel="step", ylabel="nats per token")
+    right.set(xscale="log", yscale="log", title="validation loss (Fig 6)", xlabel="training FLOPs")
+    finish((left, right))
+    return fig
+
+
+# -- what decides HC against mHC ---------------------------------------------------------------------------------------
+
+PAIRS = (("HC", {"residual": "hc"}), ("mHC, 'home'", {"residual": "mhc", "maps_init": "home"}),
+         ("mHC, 'paper'", {"residual": "mhc", "maps_init": "paper"}))  # fmt: skip
+
+
+def decides(rows):
+    """HC less mHC at each length, depth and alpha, and the gain that HC's streams had by then."""
+    lines = []
+    changes = dict.fromkeys(tuple((k, r[k]) for k in ("max_steps", "n_layer", "alpha_init") if r.get(k))
+                            for r in rows.values())  # fmt: skip
+    for change in changes:
+        for scale in dict.fromkeys(r["maps_lr_scale"] for r in rows.values() if r["maps_lr_scale"]):
+            settings = dict(change) | {"maps_lr_scale": scale}
+            hc, home, paper = (loss_of(rows, **settings, **kind) for _, kind in PAIRS)
+            gains = values(exactly(rows, **settings, **PAIRS[0][1]), "gain_peak")
+            if hc:
+                how = ", ".join(f"{k}={v}" for k, v in change)
+                lines.append([how, f"× {scale}", len(hc), paired(hc, home), paired(hc, paper), span(gains.values())])
+    header = ["", "maps' rate", "seeds", "HC less mHC, 'home'", "HC less mHC, 'paper'", "HC's peak gain"]
+    return f"{table(header, lines)}\n\n{grid_table(rows)}", None
+
+
+# -- depth: Figs 2, 3, 7, 8 --------------------------------------------------------------------------------------------
+
+
+def from_uniform(some):
+    """How far the map of the whole depth is from 1/n in each entry, at the end of training."""
+    maps = [floats(r, "composite") for r in some.values() if r.get("composite")]
+    return span([abs(m - 1 / math.isqrt(len(m))).max() for m in maps]) if maps else "–"
+
+
+def depth(rows):
+    fig, (left, right) = chart(2)
+    styles = {"1": ":", "100": "-"}
+    for (name, kind), color in zip(PAIRS, COLORS[1:], strict=False):
+        for scale, style in styles.items():
+            points = sorted((2 * int(dict(g)["n_layer"]), some) for g, some in groups(rows).items()
+                            if dict(g).items() >= {**kind, "maps_lr_scale": scale}.items())  # fmt: skip
+            if not points:
+                continue
+            look = {"color": color, "linestyle": style, "label": f"{name} × {scale}", "marker": "o", "markersize": 3}
+            x = [sublayers for sublayers, _ in points]
+            left.plot(x, [statistics.median(values(s, "gain_peak").values()) for _, s in points], **look)
+            right.plot(x, [statistics.mean(values(s, "val_loss").values()) for _, s in points], **look)
+    left.set(xscale="log", yscale="log", xlabel="sublayers", title="peak composite gain (median over seeds)")
+    right.set(xscale="log", xlabel="sublayers", title="validation loss (mean)")
+    finish((left, right))
+    return grid_table(rows, [("composite from 1/n", from_uniform)]), fig
+
+
+# -- which map brings the gain; what the paper leaves open -------------------------------------------------------------
+
+
+def ablation(rows):
+    base = loss_of(rows, **BASELINE)
+    return grid_table(rows, [("less the baseline's", lambda some: paired(values(some, "val_loss"), base))]), None
+
+
+def choices(rows):
+    """Against the paper's mHC, which is manifold='sinkhorn' with all else as it is."""
+    home = loss_of(rows, residual="mhc", maps_lr_scale=100, manifold="sinkhorn")
+    return grid_table(rows, [("less mHC's", lambda some: paired(values(some, "val_loss"), home))]), None
+
+
+SECTIONS = {f.__name__: f for f in (tune, sizes, decides, depth, ablation, choices)}
