@@ -18,6 +18,6 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(config, items):
     if config.getoption("markexpr") == "":
-        gpu = [item for item in items if "gpu" in item.keywords]
+        gpu = [item for item in items if item.get_closest_marker("gpu")]  # keywords hold folders too
         config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if "gpu" not in item.keywords]
+        items[:] = [item for item in items if item not in gpu]

@@ -10,6 +10,7 @@
     python tools/bench.py rival                            # that of the baseline beside transformers' DeepseekV3
     python tools/bench.py neighbour                        # the same beside busy programs, by how threads wait
     python tools/bench.py pipeline                         # a pipeline step on paper: bubble, wire, micro-batches held
+    python tools/bench.py roofline                         # a micro-batch on paper: launches, bytes, FLOPs, MFU
     python tools/bench.py kernels                          # what compilers make of the Triton kernels; nothing is run
     python tools/bench.py traffic                          # bytes the Triton kernels ask for, by its interpreter
     python tools/bench.py gpu                              # times of the Triton kernels; needs a GPU
@@ -42,7 +43,7 @@ from configurator import above, at_least, between, configure, fail, one_of, read
 from layers import MLA, LatentCache, MoE, RMSNorm, rope_angles
 from model import GPT, RESIDUALS, GPTConfig
 from plan import BANDWIDTH, measured_bytes, peak_flops
-from tools import kernel_report, pipeline_report, rivals
+from tools import kernel_report, pipeline_report, rivals, roofline
 
 # bench.py cpu
 widths = "512,1280"  # widths C to time: 512 (small MoE) and 1280 (the 3B config's block)
@@ -69,6 +70,8 @@ card = "H100"
 mfu = 0.4  # the share of its peak FLOP/s that is used
 memory_share = 0.8  # and of its memory's bandwidth
 link = 40.0  # GB/s between two stages
+# bench.py roofline: config, card, mfu (here of matrix products alone) and memory_share as above, and
+launch_us = 5.0  # microseconds of the host for one operation
 # bench.py memory
 depths = "24,60"  # sublayers L; 60 is the paper's 27B model
 n_streams = 4
@@ -80,6 +83,7 @@ RULES = {
     "rounds": at_least(2, 10**5), "context": at_least(2, 10**5), "seed": between(0, 2**63 - 1),
     "pipeline_size": at_least(2, 256), "pipeline_schedule": one_of(*pipeline.SCHEDULES),
     "micro_batches": at_least(1, 10**4), "card": one_of(*BANDWIDTH), "link": above(0, 10**5),
+    "launch_us": above(0, 10**4),
     **dict.fromkeys(("mfu", "memory_share"), between(0.001, 1)),
 }  # fmt: skip
 
@@ -505,6 +509,17 @@ def simulate_pipeline():
     pipeline_report.report(GPTConfig(**given), pipeline_size, pipeline_schedule, micro_batches, assumed)
 
 
+def print_roofline():
+    """One micro-batch on paper: what each part launches, moves and computes, the least time for it, and the MFU."""
+    import train  # for the settings that a config leaves as they are
+
+    settings = {k: v for k, v in vars(train).items() if not k.startswith("_") and type(v) in (bool, int, float, str)}
+    settings |= read_file(config)
+    if not settings["vocab_size"]:
+        fail(f"config={config!r}: sets no vocab_size, which is its corpus' then: wanted one that does")
+    roofline.report(config, settings, card, mfu, memory_share, launch_us)
+
+
 def kernels():
     """What the compilers make of the Triton kernels, for three NVIDIA chips and one of AMD."""
     kernel_report.main("compile")
@@ -528,6 +543,7 @@ def retune():
 COMMANDS = {f.__name__: f for f in (cpu, memory, generate, step, rival, neighbour, kernels, traffic, gpu, retune)} | {
     "eval": evaluation,
     "pipeline": simulate_pipeline,
+    "roofline": print_roofline,
 }
 SETTINGS = {  # what each reads; the others read none
     "cpu": ("widths", "tokens", "seq_len", "impls", "rounds", "threads", "profile", "seed"),
@@ -538,6 +554,7 @@ SETTINGS = {  # what each reads; the others read none
     "rival": ("rounds", "threads", "seed"),
     "neighbour": ("rounds",),
     "pipeline": tuple("config pipeline_size pipeline_schedule micro_batches tokens card mfu memory_share link".split()),
+    "roofline": ("config", "card", "mfu", "memory_share", "launch_us"),
 }
 
 
