@@ -38,7 +38,7 @@ import sinkhorn_kernel
 from layers import MLA, MLP, Experts, Gate, MoE, RMSNorm
 from mhc_gpu import STREAMS
 from model import GPT, GPTConfig, Residual
-from parallel import groups
+from parallel import groups, parameters
 from plan import BANDWIDTH, peak_flops
 
 WIDE_FLOPS = {"B200": 75e12, "H200": 67e12, "H100": 67e12, "A100": 19.5e12, "MI300X": 163e12}  # fp32, from the makers
@@ -219,7 +219,7 @@ class Attention(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None
 
 
-def attention(count, q, k, v, *, is_causal, scale):
+def attention(count, q, k, v, scale):
     return Attention.apply(q, k, v, count)
 
 
@@ -290,7 +290,7 @@ def stand_ins(count):
     """What a GPU runs and a tensor without values cannot."""
     kernels = [(n, k) for n, k in vars(sinkhorn_kernel).items() if n.endswith("_kernel")]
     return replaced(
-        (F, "scaled_dot_product_attention", partial(attention, count)),
+        (layers, "causal_attention", partial(attention, count)),
         (F, "rms_norm", partial(rms_norm, count)),
         (layers, "wide_mm", partial(wide_mm, count)),
         (mhc, "why_no_triton", lambda device: None),
@@ -326,12 +326,7 @@ def gathered(model, s):
     """The parameters that FSDP hands to the model in bf16; none without FSDP."""
     if s["parallel"] != "fsdp" or s["dtype"] != "bfloat16":
         return set()
-    seen, narrow = set(), set()
-    for module, in_bf16 in groups(model):
-        own = set(module.parameters()) - seen
-        seen |= own
-        narrow |= own if in_bf16 else set()
-    return narrow
+    return set(parameters(groups(model)))
 
 
 def micro_batch(config, s, cards):
