@@ -326,7 +326,7 @@ def gathered(model, s):
     """The parameters that FSDP hands to the model in bf16; none without FSDP."""
     if s["parallel"] != "fsdp" or s["dtype"] != "bfloat16":
         return set()
-    return set(parameters(groups(model)))
+    return parameters(groups(model)) - parameters(model.gates())
 
 
 def micro_batch(config, s, cards):
