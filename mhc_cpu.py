@@ -101,12 +101,14 @@ def by_size(direct, by_log, logits, *others):
     """direct(logits, *others), and by_log for the tokens with large logits: no token's result depends on another's."""
     if logits.device.type != "cpu":
         return by_log(logits, *others)  # asking another device for a value would wait for it
+    low, high = logits.aminmax() if logits.numel() else (0, 0)
+    if -LARGE <= low and high <= LARGE:
+        return direct(logits, *others)
     large = logits.abs().amax((0, 1)) > LARGE  # (T,)
     if large.all():
         return by_log(logits, *others)
     result = direct(logits, *others)
-    if large.any():
-        result[..., large] = by_log(*(v[..., large] for v in (logits, *others)))
+    result[..., large] = by_log(*(v[..., large] for v in (logits, *others)))
     return result
 
 
@@ -115,9 +117,9 @@ def by_size(direct, by_log, logits, *others):
 
 
 def logits_of(proj, r, alpha, b, n):
-    """Eq 16: proj (K, T), r (T,) -> logits (K, T); with the factor alpha of each logit (K, 1), and proj / r."""
+    """Eq 16: proj (K, T), r (T,) -> logits (K, T), the factor alpha of each of them (K, 1), and proj / r."""
     factor = column(torch.cat([alpha[0].expand(n), alpha[1].expand(n), alpha[2].expand(n * n)]))
-    unit = proj / r
+    unit = proj * r.reciprocal()  # T divisions, not K T of them
     return torch.addcmul(column(b), factor, unit), factor, unit
 
 
@@ -144,11 +146,10 @@ def mhc_maps_backward(g_pre, g_post, g_res, proj, r, alpha, b, n, sinkhorn_iters
     if g_res is not None:
         g_res, res = g_res.permute(1, 2, 0).contiguous(), logits[2 * n :].unflatten(0, (n, n))  # (n, n, T)
         g[2 * n :] = sinkhorn_backward(g_res, res, sinkhorn_iters).flatten(0, 1)
-    g_b, g_factor = g.sum(1), (g * unit).sum(1)
-    g_alpha = torch.stack([part.sum() for part in g_factor.split([n, n, n * n])])
-    g *= factor
-    g_half_square = -(g * unit).sum(0) / r.square()  # r divides every logit; d(r^2 / 2) = r dr
-    return gates[:n].t(), g / r, g_half_square, g_alpha, g_b
+    through_unit = unit.mul_(g)
+    g_alpha = torch.stack([part.sum() for part in through_unit.sum(1).split([n, n, n * n])])
+    g_half_square = -(through_unit.t() @ factor[:, 0]) / r.square()  # r divides every logit; d(r^2 / 2) = r dr
+    return gates[:n].t(), (g * factor).mul_(r.reciprocal()), g_half_square, g_alpha, g.sum(1)
 
 
 def by_autograd(maps):
@@ -242,7 +243,9 @@ class PostRes(Function):
         grads = [torch.empty_like(v) for v in saved]
         with torch.autocast(g_next.device.type, enabled=False):
             for s in tiles(g_next, dtype):
-                post_res_tile_backward(*cut(s, dtype, g_next, *saved), *(g[s] for g in grads))
+                g, *tile = cut(s, dtype, g_next, *saved)
+                # contiguous: a sum over the streams sends back one gradient for all, and bmm takes it token by token
+                post_res_tile_backward(g.contiguous(), *tile, *(g[s] for g in grads))
         return tuple(grads)
 
 

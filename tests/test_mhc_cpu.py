@@ -210,6 +210,21 @@ def test_two_runs_are_equal_to_the_bit():
     assert all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
 
 
+@pytest.mark.parametrize("form", [slice(4), slice(None)], ids=["post_res", "step"])
+def test_the_number_of_operators_does_not_grow_with_the_tokens(form):
+    """Nor when one gradient, without memory of its own, comes back for all streams: bmm takes it token by token."""
+
+    def operators(T):
+        args = [v.requires_grad_() for v in inputs(T, 4, 64)[form]]
+        f = mhc_cpu.mhc_post_res if len(args) == 4 else mhc_cpu.mhc_step
+        x = f(*args) if len(args) == 4 else f(*args)[0]
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            x.sum(-2).sum().backward()
+        return sum(event.count for event in seen.key_averages())
+
+    assert operators(16) == operators(3)  # both within one tile
+
+
 def chain(step, post_res, x, y, *params):
     """Two boundaries sharing parameters, and the end: the step used twice in one graph."""
     x, x_in, H_post, H_res = step(x, None, None, None, *params)
