@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from model import GPT
 from tools import bench, rivals
 
 
@@ -27,8 +28,9 @@ def test_spread_is_half_the_quartile_range():
     "args, message",
     [
         (["cqu"], "wanted one of cpu, memory"),
-        (["cpu", "--widths=640"], "wanted some of 512, 1280, got '640'"),
+        (["cpu", "--widths=640"], "wanted some of 64, 512, 1280, got '640'"),
         (["cpu", "--tokens=100"], "wanted a multiple of seq_len"),
+        (["cpu", "--widths=64", "--tokens=4096"], "tokens=4096, seq_len=2048: wanted none of them with widths=64"),
         (["cpu", "--round=3"], "did you mean rounds"),
         (["cpu", "--impls=ref,x"], "wanted some of ref, eager, got 'x'"),
         (["cpu", "--seq_len=0"], "seq_len=0: wanted a number of at least 1"),
@@ -49,6 +51,31 @@ def test_mistakes_end_with_one_line_and_code_2(args, message, monkeypatch, capsy
         bench.main()
     said = capsys.readouterr().err
     assert e.value.code == 2 and message in said and said.count("\n") == 1
+
+
+def test_at_C_64_whole_steps_of_the_demo_are_timed_and_compared_with_the_baseline(monkeypatch, capsys):
+    steps = []
+    monkeypatch.setattr(bench, "demo_step", lambda **kind: steps.append(kind) or (lambda: None))
+    timed = {"baseline": [1.0, 2.0], "HC": [1.2, 2.4], "mHC eager": [1.3, 2.6], "mHC single-pass": [1.25, 2.5]}
+    monkeypatch.setattr(bench, "time_in_turn", lambda made, rounds: {name: timed[name] for name in made})
+    for name, value in {"widths": "64", "impls": "eager", "threads": torch.get_num_threads()}.items():
+        monkeypatch.setattr(bench, name, value)
+    bench.cpu()
+    assert steps[0] == {"residual": "baseline"} and {"residual": "mhc", "single_pass": True} in steps
+    table = {line[:24].strip(): line.split() for line in capsys.readouterr().out.splitlines() if "%" in line}
+    assert {name: float(row[row.index("%") - 1]) for name, row in table.items()} == {
+        "HC": 20, "mHC eager": 30, "mHC single-pass": 25
+    }  # fmt: skip
+
+
+def test_a_step_of_the_demo_moves_its_weights(monkeypatch):
+    made = []
+    monkeypatch.setattr(bench, "GPT", lambda config: made.append(GPT(config)) or made[0])
+    step = bench.demo_step(residual="mhc", n_streams=2)
+    assert made[0].config.n_embd == bench.DEMO and made[0].config.residual == "mhc"
+    before = made[0].layers[0].mlp_residual.phi.detach().clone()
+    step()
+    assert not torch.equal(before, made[0].layers[0].mlp_residual.phi)
 
 
 def test_busy_neighbours_are_there_for_half_of_the_processes_and_then_gone(monkeypatch, capsys):

@@ -1,7 +1,7 @@
 """Timings and counts, each a subcommand:
 
     python tools/bench.py                                  # lists the subcommands
-    python tools/bench.py cpu                              # what HC and mHC add to one real block on this CPU
+    python tools/bench.py cpu                              # what HC and mHC add on this CPU: to the demo, to a block
     python tools/bench.py cpu --widths=512 --rounds=15 --profile=True
     python tools/bench.py memory                           # recomputation: bytes saved, and the peak, by block length
     python tools/bench.py eval                             # 4-choice scoring with and without shared prefixes
@@ -46,9 +46,9 @@ from plan import BANDWIDTH, measured_bytes, peak_flops
 from tools import kernel_report, pipeline_report, rivals, roofline
 
 # bench.py cpu
-widths = "512,1280"  # widths C to time: 512 (small MoE) and 1280 (the 3B config's block)
-tokens = 2048  # tokens in the batch
-seq_len = 2048  # tokens in one sequence
+widths = "64,512,1280"  # widths C to time: 64 (a step of the demo), 512 (a small MoE's block), 1280 (the 3B's)
+tokens = 2048  # tokens in the batch of a block
+seq_len = 2048  # tokens in one sequence of a block
 impls = "ref,eager"  # of mHC
 rounds = 9  # timed rounds; each times every variant once
 threads = 0  # CPU threads, 0: what torch chooses
@@ -117,10 +117,38 @@ def spread(values):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# bench.py cpu: one block in the middle of a model, MLA and MoE, with every kind of residual connection around the same
-# two sublayers (the same weights: the kinds differ in nothing else). The block is timed as the middle of a deep model
-# sees it: two boundaries, from the streams x and the output y of the sublayer before it to its own x and y, forward,
-# and backward from a gradient of each.
+# bench.py cpu. At C = 64, a training step of the demo. Wider: one block in the middle of a model, MLA and MoE, with
+# every kind of residual connection around the same two sublayers (the same weights: the kinds differ in nothing else).
+# The block is timed as the middle of a deep model sees it: two boundaries, from the streams x and the output y of the
+# sublayer before it to its own x and y, forward, and backward from a gradient of each.
+
+DEMO = 64
+
+
+def demo_step(**residual):
+    """A function that takes one training step of the demo's model: forward, backward, AdamW. residual: settings."""
+    s = runpy.run_path(str(Path(__file__).resolve().parent.parent / "config/demo.py"))
+    shape = {k: v for k, v in s.items() if k in GPTConfig.__dataclass_fields__}
+    model = GPT(GPTConfig(**shape, vocab_size=2048, **residual))
+    model.init_weights(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    idx = torch.randint(2048, (s["micro_batch_size"], s["seq_len"]), generator=torch.Generator().manual_seed(seed))
+
+    def step():
+        model.zero_grad()
+        model(idx, idx)[1].backward()
+        optimizer.step()
+
+    return step
+
+
+def demo_variants():
+    """{name: function that takes a step}, baseline first."""
+    made = {"baseline": dict(residual="baseline"), "HC": dict(residual="hc")}
+    made |= {f"mHC {impl}": dict(residual="mhc", impl=impl) for impl in impls.split(",")}
+    made["mHC single-pass"] = dict(residual="mhc", single_pass=True)
+    return {name: demo_step(**settings) for name, settings in made.items()}
+
 
 SHAPES = {  # what depends on the width; 1280 is the 3B model of Table 5
     512: dict(n_head=8, n_routed_experts=16, moe_intermediate_size=352),
@@ -129,10 +157,10 @@ SHAPES = {  # what depends on the width; 1280 is the 3B model of Table 5
 MIDDLE = 1  # the block that is timed, of three: first and last have maps without effect
 
 
-def block_config(C, residual, impl="auto"):
+def block_config(C, **residual):
     return GPTConfig(
         vocab_size=2, seq_len=seq_len, n_layer=3, n_embd=C, first_k_dense_replace=0, num_experts_per_tok=6,
-        n_shared_experts=2, kv_lora_rank=512, residual=residual, impl=impl, **SHAPES[C],
+        n_shared_experts=2, kv_lora_rank=512, **SHAPES[C], **residual,
     )  # fmt: skip
 
 
@@ -152,7 +180,7 @@ def block_parts(config, make):
 
 def block_sublayers(C):
     """The two pairs (norm, F) that all variants share."""
-    config = block_config(C, "baseline")
+    config = block_config(C, residual="baseline")
     attn_norm, attn, mlp_norm, mlp = block_parts(config, lambda: {
         "input_layernorm": RMSNorm(C, config.norm_eps), "self_attn": MLA(config),
         "post_attention_layernorm": RMSNorm(C, config.norm_eps), "mlp": MoE(config),
@@ -161,10 +189,10 @@ def block_sublayers(C):
     return [(attn_norm, lambda x: attn(x, rope)), (mlp_norm, mlp)], [attn_norm, attn, mlp_norm, mlp]
 
 
-def make_variant(C, residual, impl, sublayers):
+def make_variant(C, sublayers, **residual):
     """-> (forward, leaves, modules): forward(*leaves) runs the block; the modules' gradients are computed too."""
-    config = block_config(C, residual, impl)
-    kind = RESIDUALS[residual]
+    config = block_config(C, **residual)
+    kind = RESIDUALS[config.residual]
     residuals = block_parts(config, lambda: {
         "attn_residual": kind(config, 2 * MIDDLE), "mlp_residual": kind(config, 2 * MIDDLE + 1)
     })  # fmt: skip
@@ -223,9 +251,10 @@ def forward_backward(variant, shared):
 def cpu_variants(C):
     """{name: forward-and-backward function}, baseline first; and {name: note printed next to its timing}."""
     sublayers, shared = block_sublayers(C)
-    made = {"baseline": make_variant(C, "baseline", "auto", sublayers), "HC": make_variant(C, "hc", "auto", sublayers)}
+    made = {name: make_variant(C, sublayers, residual=name.lower()) for name in ("baseline", "HC")}
     for impl in impls.split(","):
-        made[f"mHC {impl}"] = make_variant(C, "mhc", impl, sublayers)
+        made[f"mHC {impl}"] = make_variant(C, sublayers, residual="mhc", impl=impl)
+    made["mHC single-pass"] = make_variant(C, sublayers, residual="mhc", single_pass=True)
     made["mHC hyper-connections"] = make_package_variant(C, sublayers)
     if made["mHC hyper-connections"] is None:
         print("the package hyper-connections is not installed: not timed (pip install hyper-connections)")
@@ -250,9 +279,11 @@ def own_gradients(variant):
 
 
 def print_cpu_table(C, seconds, notes):
-    base = seconds["baseline"]
-    print(f"\nC = {C}, n = 4, {tokens} tokens of {seq_len} a sequence, fp32, {torch.get_num_threads()} threads")
-    print("one block (MLA + MoE), forward + backward; medians of", rounds, "rounds in turn, +- half the quartile range")
+    base, what = seconds["baseline"], f"one block (MLA + MoE), {tokens} tokens of {seq_len}, forward + backward"
+    if C == DEMO:
+        what = "a training step of the demo, its own tokens, AdamW included"
+    print(f"\nC = {C}, n = 4, fp32, {torch.get_num_threads()} threads: {what}")
+    print(f"medians of {rounds} rounds in turn, +- half the quartile range")
     print(f"{'':24} {'ms':>8} {'+-':>6} {'added to baseline':>19} {'+-':>6}")
     for name, values in seconds.items():
         added = [100 * (v / b - 1) for v, b in zip(values, base, strict=True)]  # within a round: drift cancels
@@ -263,15 +294,17 @@ def print_cpu_table(C, seconds, notes):
 
 
 def cpu():
-    """What HC and mHC add to one transformer block, forward and backward, on this CPU."""
+    """What HC and mHC add on this CPU: to a training step of the demo (C = 64), and to one wider block."""
     if tokens % seq_len:
         fail(f"tokens={tokens}: wanted a multiple of seq_len={seq_len}")
     some_of("impls", ("ref", "eager"))  # those that run on a CPU
-    chosen = [int(C) for C in some_of("widths", list(map(str, SHAPES)))]  # only these have a block
+    chosen = [int(C) for C in some_of("widths", list(map(str, (DEMO, *SHAPES))))]  # only these have a shape
+    if chosen == [DEMO] and (tokens, seq_len) != (2048, 2048):
+        fail(f"tokens={tokens}, seq_len={seq_len}: wanted none of them with widths={DEMO}: the demo has its own")
     torch.set_num_threads(threads or torch.get_num_threads())
     torch.manual_seed(seed)
     for C in chosen:
-        variants, notes = cpu_variants(C)
+        variants, notes = (demo_variants(), {}) if C == DEMO else cpu_variants(C)
         if not profile:
             print_cpu_table(C, time_in_turn(variants, rounds), notes)
         for name, step in variants.items() if profile else ():
@@ -422,19 +455,7 @@ def memory():
 def step():
     """One training step of the demo's model with mHC: forward, backward, AdamW."""
     torch.set_num_threads(threads or torch.get_num_threads())
-    s = runpy.run_path(str(Path(__file__).resolve().parent.parent / "config/demo.py"))
-    config = GPTConfig(**{k: v for k, v in s.items() if k in GPTConfig.__dataclass_fields__} | {"vocab_size": 2048})
-    model = GPT(config)
-    model.init_weights(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-    idx = torch.randint(2048, (s["micro_batch_size"], s["seq_len"]), generator=torch.Generator().manual_seed(seed))
-
-    def one():
-        model.zero_grad()
-        model(idx, idx)[1].backward()
-        optimizer.step()
-
-    seconds = time_in_turn({"step": one}, rounds)["step"]
+    seconds = time_in_turn({"step": demo_step()}, rounds)["step"]
     print(f"{torch.get_num_threads()} threads, median of {rounds} steps {1e3 * statistics.median(seconds):.1f} ms "
           f"± {1e3 * spread(seconds):.1f}")  # fmt: skip
 
