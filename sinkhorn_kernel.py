@@ -276,30 +276,25 @@ def streams_kernel(
 
 
 @jit
-def load_sums(sums_ptr, at, live, T, SHARES, WIDTH: tl.constexpr):
-    """Entries of `sums` (SHARES, T, WIDTH), the shares added."""
-    total = tl.load(sums_ptr + at, live, 0.0)
-    for _ in range(1, SHARES):
-        sums_ptr += T.to(tl.int64) * WIDTH
-        total += tl.load(sums_ptr + at, live, 0.0)
-    return total
-
-
-@jit
 def load_logits(sums_ptr, alpha_ptr, b_ptr, start, row, live, T, SHARES, size, eps, n: tl.constexpr):
     """Eq 15, 16 -> proj / r and alpha * proj / r + b, each as pre (BT, n), post (BT, n), res (BT, n, n); r (BT,)."""
     WIDTH: tl.constexpr = n * n + 2 * n + 1
+    UNROLL: tl.constexpr = 4 if n < 8 else 1  # several shares on their way at once
     sums_ptr += start * WIDTH
     i, ij = tl.arange(0, n), tl.arange(0, n)[:, None] * n + tl.arange(0, n)[None, :]
+    at_n, at_nn = row[:, None] * WIDTH + i[None, :], row[:, None, None] * WIDTH + 2 * n + ij[None, :, :]
+    square, res = tl.zeros((row.shape[0],), tl.float32), tl.zeros((row.shape[0], n, n), tl.float32)
+    pre, post = tl.zeros((row.shape[0], n), tl.float32), tl.zeros((row.shape[0], n), tl.float32)
+    for _ in tl.range(0, SHARES, loop_unroll_factor=UNROLL):  # of `sums` (SHARES, T, WIDTH): added in order
+        square += tl.load(sums_ptr + row * WIDTH + WIDTH - 1, live, 0.0)
+        pre += tl.load(sums_ptr + at_n, live[:, None], 0.0)
+        post += tl.load(sums_ptr + at_n + n, live[:, None], 0.0)
+        res += tl.load(sums_ptr + at_nn, live[:, None, None], 0.0)
+        sums_ptr += T.to(tl.int64) * WIDTH
     # r = (v.square().mean(-1, keepdim=True) + eps).sqrt()  # Eq 15
-    square = load_sums(sums_ptr, row * WIDTH + WIDTH - 1, live, T, SHARES, WIDTH)
     r = tl.where(live, tl.sqrt(square / size + eps), 1.0)
     # logits = scale / r * proj + b.to(v.dtype)  # Eq 16: dividing after the matmul is the RMSNorm
-    at = row[:, None] * WIDTH + i[None, :]
-    pre = load_sums(sums_ptr, at, live[:, None], T, SHARES, WIDTH) / r[:, None]
-    post = load_sums(sums_ptr, at + n, live[:, None], T, SHARES, WIDTH) / r[:, None]
-    at = row[:, None, None] * WIDTH + 2 * n + ij[None, :, :]
-    res = load_sums(sums_ptr, at, live[:, None, None], T, SHARES, WIDTH) / r[:, None, None]
+    pre, post, res = pre / r[:, None], post / r[:, None], res / r[:, None, None]
     pre_logits = tl.load(alpha_ptr) * pre + tl.load(b_ptr + i)[None, :]
     post_logits = tl.load(alpha_ptr + 1) * post + tl.load(b_ptr + n + i)[None, :]
     res_logits = tl.load(alpha_ptr + 2) * res + tl.load(b_ptr + 2 * n + ij)[None, :, :]
@@ -529,9 +524,10 @@ def phi_backward_kernel(
 # Tokens, channels, warps and pipeline stages of one program, by maker and kernel, for bf16 x; the table after it
 # replaces rows. Chosen by compiling, not by timing: the largest tiles that spill nothing. phi costs 192/BT units a
 # pass, so BT is as large as registers allow; 64 bytes a row (BC = 32) are two full sectors. On NVIDIA
-# `streams_backward` moves 64 bits a thread, so that its loads can be pipelined without a spill: with 128 (BC = 64) they
-# cannot. AMD's warps are twice as wide (8 channels a thread, one 128-bit access, take tiles twice as large) and share
-# 64 KB a workgroup, hence fewer stages. Widths smaller than a tile shrink it (blocks).
+# `streams_backward` moves 64 bits a thread, so that its loads can be pipelined without a spill: with 128 they cannot
+# ((32, 32, 4, 1), which is not pipelined, spills nothing either: for a GPU to decide). AMD's warps are twice as wide (8
+# channels a thread, one 128-bit access, take tiles twice as large) and share 64 KB a workgroup, hence fewer stages.
+# Widths smaller than a tile shrink it (blocks).
 BLOCKS = {
     "streams": {"nvidia": (64, 32, 8, 3), "amd": (64, 32, 4, 2)},
     "maps": {"nvidia": (16, 1, 1, 1), "amd": (64, 1, 4, 1)},
