@@ -28,9 +28,12 @@ import expert_parallel
 import layers
 import pipeline
 import program
-from model import GPT, MHC, RESIDUALS
+from mhc_gpu import STREAMS
+from model import GPT, MHC, RESIDUALS, projection_bytes
 from parallel import check_batch, check_layout, groups, parameters
 from recompute import best_block, block_cost, block_length
+from sinkhorn_kernel import blocks as kernel_blocks
+from sinkhorn_kernel import channel_tiles
 
 MEMORY = {"B200": 180e9, "H200": 141e9, "H100": 80e9, "A100": 80e9, "MI300X": 192e9}  # bytes, from the makers
 BANDWIDTH = {"B200": 8e12, "H200": 4.8e12, "H100": 3.35e12, "A100": 2.04e12, "MI300X": 5.3e12}  # bytes/s, likewise
@@ -81,12 +84,25 @@ def sublayer_bytes(c, e):
     return [v for i in range(c.n_layer) for v in (attention_bytes(c, e), dense if i < c.first_k_dense_replace else moe)]
 
 
-def activation_bytes(c, recompute, block, e, blocks=None):
+def shares_bytes(c, e, tokens):
+    """What the Triton kernels' sums over the channels take beyond one share of them, per token: with few tokens several
+    programs share the channels, and each share stays until the backward (sinkhorn_kernel.channel_tiles)."""
+    n, C = c.n_streams, c.n_embd
+    summed = issubclass(RESIDUALS[c.residual], MHC) and c.manifold == "sinkhorn"
+    if not summed or c.impl not in ("auto", "triton") or n not in STREAMS:
+        return 0
+    BT, BC, _ = kernel_blocks("streams", n, C, torch.bfloat16 if e == 2 else torch.float32)
+    _, shares = channel_tiles(tokens, BT, C, BC)
+    return (shares - 1) * projection_bytes(n, n * n)
+
+
+def activation_bytes(c, recompute, block, e, blocks=None, tokens=2**20):
     """Per token: (kept for the backward, the most a replay adds to it). block: sublayers in a segment; blocks: numbers
-    of the transformer blocks that are there, all by default."""
+    of the transformer blocks that are there, all by default; tokens: of a micro-batch, if they are few."""
     blocks = range(c.n_layer) if blocks is None else blocks
     F, L = [b for i in blocks for b in sublayer_bytes(c, e)[2 * i : 2 * i + 2]], 2 * len(blocks)
-    boundary, start = RESIDUALS[c.residual].kept_bytes(c, e) + norm_bytes(c, e), e * c.n_streams * c.n_embd
+    boundary = RESIDUALS[c.residual].kept_bytes(c, e) + shares_bytes(c, e, tokens) + norm_bytes(c, e)
+    start = e * c.n_streams * c.n_embd
     ends = 8 * c.n_embd + e * c.n_embd  # the final norm, what the head reads
     if (carry := RESIDUALS[c.residual].closed_carry(c, 1, 1)) is not None:
         start += carry.nbytes
@@ -158,7 +174,7 @@ def memory(model, s, world, block, held=1):
             parts["whole gradients between micro-batches (reduce_always=False)"] = r * (here - wide) + 4 * wide
     elif e == 2:
         parts["weights in bf16 (autocast)"] = 2 * sum(size for size, narrow in sizes[1:] if narrow)
-    kept, replay = activation_bytes(c, s["recompute"], block, e, [i for i, _ in model.blocks()])
+    kept, replay = activation_bytes(c, s["recompute"], block, e, [i for i, _ in model.blocks()], N)
     parts["activations kept"], parts["activations replayed"] = N * kept * held, N * replay
     if experts:  # of the layer at work: as sent, received, by expert, back; as many received as sent
         parts["tokens on their way to experts and back"] = 4 * e * N * c.num_experts_per_tok * c.n_embd

@@ -10,9 +10,10 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import mhc_gpu
 import plan
 import recompute
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, projection_bytes
 from parallel import Ranks, assign
 from tests.ranks import run_ranks
 
@@ -95,6 +96,32 @@ def test_activations_against_a_measured_run(residual, bf16):
         kept, replay = plan.activation_bytes(model.config, mode, block, e)
         assert N * kept + casts + head == pytest.approx(saved, rel=0.02), mode
         assert N * (kept + replay) + casts + streams == pytest.approx(peak, rel=0.25), mode
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_shares_of_sums_with_few_tokens(bf16):
+    """Held against the tensors that the kernels' launcher makes: from a share a channel tile to a single one."""
+    dtype, e = (torch.bfloat16, 2) if bf16 else (torch.float32, 4)
+    config = GPTConfig(**SMALL | dict(n_embd=2560), residual="mhc")
+    shares, phi = [], torch.empty(4 * 2560, 24, device="meta")
+    for T in (64, 4096, 2**15):
+        sums = mhc_gpu.streams_shapes(torch.empty(T, 4, 2560, dtype=dtype, device="meta"), None, None, None, phi, None)[
+            2
+        ]
+        shares.append(len(sums))
+        assert sums.nbytes == T * (projection_bytes(4, 16) + plan.shares_bytes(config, e, T))
+        more = plan.activation_bytes(config, "none", 8, e, tokens=T)[0] - plan.activation_bytes(config, "none", 8, e)[0]
+        assert more == 8 * plan.shares_bytes(config, e, T)
+    assert shares[0] >= 80 and 1 < shares[1] < 80 and shares[2] == 1
+    for other in (dict(residual="hc"), dict(residual="mhc", impl="eager"), dict(residual="mhc", n_streams=3)):
+        assert plan.shares_bytes(GPTConfig(**SMALL, **other), e, 64) == 0
+    with torch.device("meta"):
+        model = GPT(config)
+    few, many = (
+        plan.memory(model, settings(dtype=str(dtype)[6:], micro_batch_size=B), 1, 8)["activations kept"]
+        for B in (2, 1024)
+    )
+    assert few * 512 - many == 2 * 32 * 512 * 8 * plan.shares_bytes(config, e, 64)
 
 
 class Sent(TorchDispatchMode):
