@@ -247,12 +247,16 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(E, hidden, C))
         self.down_proj = nn.Parameter(torch.empty(E, C, hidden))
 
-    def forward(self, x, ends):
-        """x (M, C), rows sorted by expert; ends (E,) int32: the row behind each expert's last -> (M, C)."""
+    def in_one_dtype(self, x):
+        """x, and the weights of the experts that are here, in the dtype of the products."""
         if torch.is_autocast_enabled(x.device.type):  # grouped_mm is not on autocast's list
             x = x.to(torch.get_autocast_dtype(x.device.type))
         weights = (self.gate_proj, self.up_proj, self.down_proj)
-        weights = [(w.to_local() if isinstance(w, DTensor) else w).to(x.dtype) for w in weights]  # expert_parallel.py
+        return x, [(w.to_local() if isinstance(w, DTensor) else w).to(x.dtype) for w in weights]  # expert_parallel.py
+
+    def forward(self, x, ends):
+        """x (M, C), rows sorted by expert; ends (E,) int32: the row behind each expert's last -> (M, C)."""
+        x, weights = self.in_one_dtype(x)
         if not grouped_mm_takes(x, *weights):
             return self.one_by_one(x, ends, *weights)
         gate_proj, up_proj, down_proj = (w.transpose(1, 2) for w in weights)

@@ -28,6 +28,7 @@ import math
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.checkpoint import checkpoint
 
 from model import run_sublayers
@@ -149,7 +150,8 @@ class Input:
 
     def pack(self, t):
         """What F's graph holds in t's place: t, or for (a view of) z the view's geometry."""
-        if t.is_meta or t.dtype != self.dtype or t.untyped_storage().data_ptr() != self.memory:
+        foreign = t.is_meta or t.dtype != self.dtype or is_traceable_wrapper_subclass(t)  # an FP8 weight, say
+        if foreign or t.untyped_storage().data_ptr() != self.memory:
             return t.detach()  # an output that held the node it is saved in would never be freed
         return t.size(), t.stride(), t.storage_offset() - self.offset
 

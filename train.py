@@ -36,6 +36,7 @@ import torch
 
 import checkpoint
 import expert_parallel
+import fp8 as eight_bits
 import owned
 import pipeline
 import plan
@@ -57,6 +58,7 @@ seed = 1337  # of the weights and of the order of the data
 device = "auto"  # 'cpu' | 'cuda' | 'mps'; 'auto': the best there is, and it is printed
 dtype = "float32"  # 'bfloat16': autocast outside the mappings; the streams are bf16 then (Eq 11)
 compile = "auto"  # torch.compile the sublayers: True | False; 'auto': on CUDA alone, and it is printed
+fp8 = False  # the products of attention, FFNs and experts with operands of 8 bits, through torchao: see fp8.py
 dry_run = False  # print what the run would take, and stop
 init_from = "resume"  # go on with the unfinished run in out_dir, if any; 'scratch': move it to <out_dir>.old first
 # -- the model: see GPTConfig ---------------------------------------------------------------------------------------
@@ -198,6 +200,8 @@ def check(settings):
         raise ValueError(
             f"n_streams={n_streams}: impl='triton' takes {', '.join(map(str, STREAMS))}; wanted impl='auto'"
         )
+    if fp8:
+        eight_bits.check(on, dtype, config.has_moe)
     if compiles(on) and on == "cpu":
         check_compiler()
     if log != "none" and not importlib.util.find_spec(log):
@@ -487,6 +491,8 @@ def design_model(settings, vocab, ranks):
         model = GPT(model_config(settings))
     recomputation.apply(model, recompute, recompute_block)
     try:
+        if fp8:
+            eight_bits.apply(model, ranks.device.type, gather=parallel == "fsdp" and ranks.device.type == "cuda")
         plan.check_fits(model, settings, ranks)
     except ValueError as e:
         fail(str(e))
@@ -639,8 +645,10 @@ def train(settings, train_data, val_data, ranks):
     records, profiler, stop = Log(settings, ranks.is_main), start_profiler(ranks.is_main), run_folder.Stop(ranks.device)
     how = f" (impl {resolve_impl(impl, ranks.device, n_streams)})" if RESIDUALS[residual].has_maps else ""
     size = f"{model.num_params()['total']:,} parameters"
+    products = (", products in FP8" + (", emulated" if ranks.device.type == "cpu" else "")) if fp8 else ""
     compiled = "compiled" if compiles(ranks.device.type) else "not compiled"
-    print(f"{ranks.device.type}, {dtype}, sublayers {compiled}, residual {residual}{how}, {size} -> {out_dir}")
+    how = f"{dtype}{products}, sublayers {compiled}, residual {residual}{how}"
+    print(f"{ranks.device.type}, {how}, {size} -> {out_dir}")
     peak_rate = tokens_at_peak(model, ranks)
 
     batches, step_times = Batches(train_data, ranks), []

@@ -7,6 +7,7 @@ import signal
 import time
 from collections import Counter
 from datetime import timedelta
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
+import fp8
 import parallel
 import recompute
 from model import GPT, GPTConfig
@@ -110,6 +112,17 @@ def test_fsdp_recomputation_accumulation_and_resume_together(root):
     check_same(root, "killed")
 
 
+@pytest.mark.skipif(not find_spec("torchao"), reason="torchao is not installed")
+def test_a_checkpoint_of_fp8_under_fsdp_is_one_of_any_run(root):
+    steps = ["--max_steps=2", "--eval_interval=2"]
+    codes, output = train(root, "eight", 2, "--parallel=fsdp", "--fp8=True", "--dtype=bfloat16", *steps)
+    assert codes == [0, 0] and "bfloat16, products in FP8, emulated, sublayers not compiled" in output, output
+    codes, output = train(root, "eight", 1, "--max_steps=3", "--eval_interval=1")
+    assert codes == [0] and "step-00000002" in output and "fp8: True -> False" in output, output
+    steps = [r for r in records(root / "eight") if "loss" in r]
+    assert [r["step"] for r in steps] == [1, 2, 3] and steps[2]["loss"] < steps[0]["loss"] + 0.05
+
+
 def test_a_rank_that_hangs_ends_the_run(root):
     """The others say which setting it was, and no process waits for ever."""
 
@@ -152,10 +165,12 @@ SMALL = dict(
 )  # fmt: skip
 
 
-def sharded(dtype="float32", reduce_dtype="float32", expert_size=1):
+def sharded(dtype="float32", reduce_dtype="float32", expert_size=1, eight_bits=False):
     """A GPT over all processes: its values, its shards, its small object."""
     with torch.device("meta"):
         model = GPT(GPTConfig(**SMALL))
+    if eight_bits:
+        fp8.apply(model, "cpu", gather=True)
     ranks = parallel.Ranks("fsdp", dist.get_rank(), dist.get_world_size(), torch.device("cpu"), 0, 60, expert_size)
     ranks.shard(model, dtype, reduce_dtype)
     ranks.initialise(model, 7)
@@ -348,6 +363,33 @@ def check_gathers():
     assert log == ["embed_tokens.weight", first, dense, first, second, dense, mixture, second, mixture]
 
 
+def check_fp8():
+    """The linears' weights come together in FP8, scaled as one process scales them; what is saved is fp32. gloo has no
+    FP8, so it is shown bytes."""
+    gather = dist.all_gather_single
+    dist.all_gather_single = lambda *tensors, **how: gather(
+        *(t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for t in tensors), **how
+    )
+    model, _ = sharded("bfloat16", eight_bits=True)
+    wanted, seen, idx = whole(), [], torch.randint(61, (2, 8))
+    fp8.apply(wanted, "cpu")
+    for name, module in model.named_modules():
+        if name.endswith(("o_proj", "down_proj")):
+            module.register_forward_pre_hook(lambda m, args: seen.append(type(m.weight).__name__))
+    recompute.apply(model, "mhc")
+    losses = []
+    for net in (model, wanted):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(net(idx, idx)[1])
+        losses[-1].backward()
+    assert seen == ["Float8TrainingTensor"] * 4  # two attentions, the dense FFN, the shared experts
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-4)
+    for (name, p), q in zip(model.named_parameters(), wanted.named_parameters(), strict=True):
+        assert name == q[0] and p.dtype == torch.float32
+        error = (p.grad.full_tensor() - q[1].grad).norm() / q[1].grad.norm().clamp(min=1e-6)
+        assert error < 0.02, (name, error)
+
+
 def check_timeouts():
     """The groups inside a mesh wait as long as rank_timeout says, and not torch's half hour."""
     for shard_size, expert_size, pipeline_size in ((1, 1, 1), (0, 2, 1), (0, 1, 1), (0, 1, 2)):
@@ -367,6 +409,7 @@ CHECKS = [
     check_reduction,
     check_prefetch,
     check_gathers,
+    pytest.param(check_fp8, marks=pytest.mark.skipif(not find_spec("torchao"), reason="torchao is not installed")),
     check_timeouts,
 ]
 
