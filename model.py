@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layers import MLA, MLP, HeadLoss, MoE, RMSNorm, rope_angles
+from layers import MLA, MLP, Experts, HeadLoss, MoE, RMSNorm, rope_angles
 from manifolds import MANIFOLDS, check_manifold
 from mhc import hc_coeffs, hc_step, hyper_step, mhc_coeffs, mhc_post_res, mhc_pre, mhc_step
 from mhc_ref import map_dtype
@@ -550,6 +550,12 @@ class GPT(nn.Module):
         for _, block in self.blocks():
             block.self_attn.compile(**how)
             block.mlp.compile(**how)
+
+    def matrices(self):
+        """(module, parameter's name) of what every F multiplies by, but for the gates, whose products are fp32."""
+        parts = [m for _, block in self.blocks() for f in (block.self_attn, block.mlp) for m in f.modules()]
+        linears = [(m, "weight") for m in parts if type(m) is nn.Linear]
+        return linears + [(m, name) for m in parts if isinstance(m, Experts) for name, _ in m.named_parameters()]
 
     def residuals(self):
         """The 2L residual connections in order."""

@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 
 import numpy as np
@@ -282,6 +282,23 @@ def autocast(device):
     return torch.autocast(device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
+@contextmanager
+def narrow_weights(model):
+    """The matrices of every F in bf16, cast once for all micro-batches of a step; autocast would cast them in each.
+
+    Each gradient still goes through the cast by itself, so micro-batches add up in fp32, in the parameters. FSDP has
+    bf16 copies of its own."""
+    places = model.matrices() if dtype == "bfloat16" and parallel != "fsdp" else []
+    wide = [module._parameters[name] for module, name in places]
+    for (module, name), p in zip(places, wide, strict=True):
+        module._parameters[name] = p.to(torch.bfloat16)
+    try:
+        yield
+    finally:
+        for (module, name), p in zip(places, wide, strict=True):
+            module._parameters[name] = p
+
+
 # -- one optimizer step ---------------------------------------------------------------------------------------------
 
 
@@ -320,13 +337,14 @@ def forward_backward(net, batches, step, ranks):
     if ranks.pipeline:  # its schedule has all micro-batches of the step under way at once
         return ranks.all_sum(ranks.pipeline.step(idx, targets, len(micro_batches))).item() / ranks.parts
     total = torch.zeros((), device=ranks.device)
-    for i, (idx, targets) in enumerate(micro_batches):
-        ranks.synchronise(net, last=i == len(micro_batches) - 1, every=reduce_always)
-        with autocast(ranks.device):
-            _, loss = net(idx, targets)
-        loss = loss / len(micro_batches)
-        loss.backward()
-        total += loss.detach()
+    with narrow_weights(getattr(net, "module", net)):  # DDP's module
+        for i, (idx, targets) in enumerate(micro_batches):
+            ranks.synchronise(net, last=i == len(micro_batches) - 1, every=reduce_always)
+            with autocast(ranks.device):
+                _, loss = net(idx, targets)
+            loss = loss / len(micro_batches)
+            loss.backward()
+            total += loss.detach()
     return ranks.all_sum(total).item() / ranks.parts
 
 

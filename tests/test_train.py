@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mhc
 import program
@@ -287,6 +289,43 @@ def test_alpha_and_b_of_the_maps_move_by_maps_lr_scale_times_and_nothing_else_do
         scaled = name.endswith(("residual.alpha", "residual.b"))  # not collapse_head.alpha, not phi and theta
         torch.testing.assert_close(moved[30.0][name], step * (30 if scaled else 1), rtol=1e-3, atol=1e-5)
         assert step.abs().max() > 0 or residual == "hc" and name.endswith("alpha"), name  # theta is 0 at the start
+
+
+class Casts(TorchDispatchMode):
+    """Counts how often each of the tensors `of` is cast to bf16."""
+
+    def __init__(self, of):
+        super().__init__()
+        self.times = {p.data_ptr(): 0 for p in of}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and kwargs["dtype"] == torch.bfloat16:
+            if args[0].untyped_storage().data_ptr() in self.times:
+                self.times[args[0].untyped_storage().data_ptr()] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_matrices_are_cast_once_a_step_and_micro_batches_add_up_in_fp32(mode, monkeypatch):
+    """And the gradients are to the bit what they are when autocast casts them in every micro-batch."""
+    from recompute import apply
+    from tests.test_residual import make, tokens
+
+    monkeypatch.setattr(train, "dtype", "bfloat16")
+    monkeypatch.setattr(train, "micro_batch_size", 2)
+    model, batch = make(q_lora_rank=8), SimpleNamespace(of=lambda step: (tokens(0, 6), tokens(1, 6)))
+    apply(model, mode)
+    matrices, found = [module._parameters[name] for module, name in model.matrices()], []
+    assert len(matrices) == 2 * 5 + 3 + 3 + 3  # MLAs, the dense FFN, the experts, those that are shared
+    for narrow in (train.narrow_weights, lambda model: nullcontext()):
+        monkeypatch.setattr(train, "narrow_weights", narrow)
+        with Casts(matrices) as casts:
+            loss = train.forward_backward(model, batch, 0, start())
+        found.append((loss, [p.grad for p in model.parameters()], casts.times.values()))
+    (loss, grads, once), (wanted, wanted_grads, often) = found
+    assert set(once) == {1} and min(often) >= 3
+    assert loss == wanted and all(map(torch.equal, grads, wanted_grads)) and grads[0].dtype == torch.float32
+    assert all(p is q for p, q in zip(matrices, [m._parameters[name] for m, name in model.matrices()], strict=True))
 
 
 def test_a_step_that_is_not_finite_is_skipped(monkeypatch):
