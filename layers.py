@@ -65,13 +65,14 @@ class LatentCache:
         self.k_rope = torch.zeros(*size, config.qk_rope_head_dim, device=device, dtype=dtype)
         self.length = torch.zeros(batch, dtype=torch.long, device=device)
         self.most = 0
+        self.reach = None  # positions that attention looks at, if more than are there: equal shapes for a CUDA graph
 
     def rows(self, index, max_len=None):
         """A copy that holds the rows `index` (a row may come several times), with room for max_len positions."""
         other = object.__new__(LatentCache)
         grow = max(0, (max_len or 0) - self.latent.shape[2])
         other.latent, other.k_rope = (F.pad(t[:, index], (0, 0, 0, grow)) for t in (self.latent, self.k_rope))
-        other.length, other.most = self.length[index].clone(), self.most
+        other.length, other.most, other.reach = self.length[index].clone(), self.most, None
         return other
 
     def advance(self, T):
@@ -87,6 +88,7 @@ class LatentCache:
             raise ValueError(f"the cache has room for {self.latent.shape[2]} positions, wanted {end}")
         for kept, new in ((self.latent, latent), (self.k_rope, k_rope)):
             kept[layer].scatter_(1, where.unsqueeze(-1).expand_as(new), new.to(kept.dtype))
+        end = end if self.reach is None else self.reach
         return self.latent[layer, :, :end], self.k_rope[layer, :, :end]
 
 

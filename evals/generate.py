@@ -91,7 +91,7 @@ def continue_rows(runner, h, cache, budget, pick, take):
     which of the R rows they are for; take(row, token) -> whether this row goes on. Rows that do not are soon dropped.
     """
     live = list(range(len(h)))  # the rows of the cache, as numbers of the rows it began with
-    running = set(live)
+    running, one_more = set(live), Decoder(runner, cache)
     for left in range(budget, 0, -1):
         tokens = pick(runner.logits(h), live)
         for row, token in zip(live, tokens, strict=True):
@@ -101,9 +101,67 @@ def continue_rows(runner, h, cache, budget, pick, take):
             break
         if 2 * len(running) <= len(live):  # half of the rows run for nothing: drop them
             keep = [k for k, row in enumerate(live) if row in running]
-            cache = cache.rows(torch.tensor(keep, device=runner.device))
+            one_more = Decoder(runner, one_more.cache.rows(torch.tensor(keep, device=runner.device)))
             live, tokens = [live[k] for k in keep], [tokens[k] for k in keep]
-        h = runner.hidden([[token] for token in tokens], cache)[:, 0]
+        h = one_more(tokens)
+
+
+class Decoder:
+    """A token more behind every row of a cache: Decoder(runner, cache)(R tokens) -> the model's output (R, C).
+
+    On a GPU in bf16 a token is one CUDA graph instead of thousands of launches. Its shapes are fixed: attention looks
+    at REACH positions at a time, those not written yet masked, and a graph is made anew when they are full.
+    In other dtypes the experts wait for the device (layers.Experts), which a graph cannot.
+    """
+
+    REACH = 256
+
+    def __init__(self, runner, cache):
+        self.runner, self.cache, self.replay = runner, cache, None
+        self.graphs = runner.device.type == "cuda" and runner.dtype == torch.bfloat16
+
+    def __call__(self, tokens):
+        if not self.graphs:
+            return self.runner.hidden([[token] for token in tokens], self.cache)[:, 0]
+        tokens = torch.tensor(tokens, device=self.runner.device).unsqueeze(1)  # (R, 1)
+        if self.replay is None or self.cache.most >= self.cache.reach:
+            self.make(tokens)
+        most = self.cache.most
+        self.idx.copy_(tokens)
+        self.replay()
+        self.cache.most = most + 1  # a graph adds to `length`, which the device holds
+        return self.h
+
+    def make(self, tokens):
+        """A graph of one step. Making it runs the step, at the positions that the first replay writes."""
+        cache, size = self.cache, self.cache.latent.shape[2]
+        cache.reach = min(size, (cache.most // self.REACH + 1) * self.REACH)
+        self.idx, length, most = tokens.clone(), cache.length.clone(), cache.most
+
+        def step():
+            cache.most = most
+            return self.runner.forward(self.idx, cache)[:, 0]
+
+        def undo():
+            cache.length.copy_(length)
+
+        self.replay, self.h = captured(step, undo)
+        cache.most = most
+
+
+def captured(step, undo):
+    """step() as a CUDA graph -> what replays it, and the tensor it leaves its result in. undo() follows every run."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # kernels are compiled and workspaces made before, as a graph cannot hold that
+            step()
+            undo()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        h = step()
+    return graph.replay, h
 
 
 def ended(text, new, stops):

@@ -62,11 +62,15 @@ class Runner:
         width = max(map(len, rows))
         idx = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.device)  # (R, T)
         before = None if cache is None else cache.length.clone()
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            h = self.model.hidden(idx, cache)
+        h = self.forward(idx, cache)
         if cache is not None:
             cache.length = before + torch.tensor([len(row) for row in rows], device=self.device)
         return h
+
+    def forward(self, idx, cache=None):
+        """idx (R, T) -> (R, T, C); continues `cache`, all T tokens of each row."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return self.model.hidden(idx, cache)
 
     def extend(self, cache, index, rows, room=0):
         """Run lists of tokens behind copies of the rows `index` of cache (None: an empty one) -> (R, T, C), new cache.

@@ -4,7 +4,11 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import mhc_cpu
+from evals import generate as loop
 from layers import LatentCache
 from model import GPT, GPTConfig
 from sample import draw, generate, keep_likeliest
@@ -117,6 +121,52 @@ def test_mistakes():
     model.norm.weight.fill_(math.nan)
     with pytest.raises(FloatingPointError, match="not a number"):
         generate(model, [[1]], 3)
+
+
+def play_back(step, undo):
+    """In the place of a CUDA graph: each replay runs the step on the same tensors, and shapes may not change."""
+    first = step()
+    undo()
+
+    def replay():
+        with Shapes() as shapes:
+            first.copy_(step())
+        play_back.seen.append(shapes.of)
+
+    play_back.made += 1
+    return replay, first
+
+
+class Shapes(TorchDispatchMode):
+    """The operations run, with the shapes of what they give; and none that waits for the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.of = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        assert "_local_scalar_dense" not in str(func)
+        self.of.append((str(func), [t.shape for t in tree_leaves(out) if isinstance(t, torch.Tensor)]))
+        return out
+
+
+@pytest.mark.parametrize("residual", ["baseline", "mhc"])
+def test_a_graph_of_a_token_has_fixed_shapes_and_gives_the_same_text(residual, monkeypatch):
+    """As on a GPU, with the step run anew where a graph would be replayed: prompts of all lengths, rows that end at
+    different times, graphs that are outgrown."""
+    model = make_model(residual=residual)
+    monkeypatch.setattr(mhc_cpu, "by_size", lambda direct, by_log, *args: by_log(*args))  # a CPU alone is asked
+    stop = generate(model, PROMPTS * 2, 25, 1.0, seeds=range(8))[0][4]
+    wanted = generate(model, PROMPTS * 2, 25, 1.0, seeds=range(8), stop=stop)
+    init = loop.Decoder.__init__
+    monkeypatch.setattr(loop.Decoder, "__init__", lambda d, *args: init(d, *args) or setattr(d, "graphs", True))
+    monkeypatch.setattr(loop.Decoder, "REACH", 8)
+    monkeypatch.setattr(loop, "captured", play_back)
+    play_back.made, play_back.seen = 0, []
+    assert generate(model, PROMPTS * 2, 25, 1.0, seeds=range(8), stop=stop) == wanted
+    different = {str(shapes) for shapes in play_back.seen}
+    assert 3 < play_back.made < len(play_back.seen) / 2 and len(different) <= play_back.made
 
 
 # ----------------------------------------------------------------------------------------------------------------------
