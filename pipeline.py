@@ -367,6 +367,8 @@ def check(config, s, world):
             f"pipeline_size={size}: wanted parallel='fsdp', shard_size=0 and reduce_always=False (gradients are "
             f"reduced once a step); got {s['parallel']!r}, {s['shard_size']} and {s['reduce_always']}"
         )
+    if not s["micro_batch_size"]:
+        raise ValueError(f"micro_batch_size=0: wanted a number with pipeline_size={size}, whose schedule it decides")
     if world % size:
         raise ValueError(f"pipeline_size={size} does not divide the {world} processes")
     stages = size if schedule == "1f1b" else 2 * size

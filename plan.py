@@ -241,14 +241,17 @@ def report(config, s):
     """Print what the run with settings s would take. Raises ValueError, naming the rule, for one that cannot be."""
     world = s["plan_devices"] or int(os.environ.get("WORLD_SIZE", 1))
     check_layout(s["parallel"], world, s["shard_size"])
+    if s["plan_device"] not in MEMORY:
+        raise ValueError(f"plan_device={s['plan_device']!r}: wanted one of {', '.join(MEMORY)}")
     pipeline.check(config, s, world)
     alike = world // s["pipeline_size"]  # ranks that hold the same stages
     expert_parallel.check(config, s["expert_size"], alike, s["parallel"], s["shard_size"])
-    check_batch(s["batch_size"], s["micro_batch_size"], alike)
-    if s["plan_device"] not in MEMORY:
-        raise ValueError(f"plan_device={s['plan_device']!r}: wanted one of {', '.join(MEMORY)}")
+    check_batch(s["batch_size"], s["micro_batch_size"] or 1, alike)
     with torch.device("meta"):
         model = GPT(config)
+    if not s["micro_batch_size"]:
+        s = s | {"micro_batch_size": largest_micro_batch(model, s, alike, MEMORY[s["plan_device"]])}
+        print(f"micro_batch_size={s['micro_batch_size']}, the largest that fits")
     params, flops = model.num_params(), model.flops_per_token()
     block = block_length(config, s["recompute"], s["recompute_block"])
     for name, value in params.items():
@@ -304,18 +307,35 @@ def print_bytes(title, parts, limit=None):
         print(f"  {value / 1e9:10.3f} GB  {name}")
 
 
+def device_memory(device):
+    """Bytes of a torch.device, this process's share of them on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+FILLED = 7 / 8  # of a device, by a micro_batch_size that is chosen here: the rest is for what no estimate sees
+
+
+def largest_micro_batch(model, s, world, has):
+    """The largest divisor of a process's share of the batch with which memory() is at most FILLED of `has` bytes; 1 if
+    none is."""
+    share, block = s["batch_size"] // world, block_length(model.config, s["recompute"], s["recompute_block"])
+    for size in (n for n in range(share, 1, -1) if share % n == 0):
+        if sum(memory(model, s | {"micro_batch_size": size}, world, block).values()) <= FILLED * has:
+            return size
+    return 1
+
+
 REFUSED = 2  # times the memory there is: an estimate this far above it is no near miss
 
 
 def check_fits(model, s, ranks):
     """Warn, before anything is allocated, of a run that seems to need more memory than the device has; raise ValueError
     for one that seems to need more than REFUSED times as much. The model may still be on the meta device."""
-    if ranks.device.type == "cuda":
-        has = torch.cuda.get_device_properties(ranks.device).total_memory
-    elif ranks.device.type == "mps":
-        has = torch.mps.recommended_max_memory()
-    else:
-        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    has = device_memory(ranks.device)
     block = block_length(model.config, s["recompute"], s["recompute_block"])
     held = 1
     if s["pipeline_size"] > 1:

@@ -94,7 +94,7 @@ norm_eps = 1e-20
 init_std = 0.02
 # -- the optimizer --------------------------------------------------------------------------------------------------
 batch_size = 64  # sequences per optimizer step, over all processes
-micro_batch_size = 8  # sequences per forward of one process; divides batch_size
+micro_batch_size = 8  # sequences per forward of one process; divides batch_size. 0: the most that plan.py finds to fit
 max_steps = 1000  # optimizer steps
 lr = 6e-4  # at its peak
 maps_lr_scale = 1.0  # a factor on the LR of alpha and b of HC's and mHC's maps; 1: the paper's
@@ -142,7 +142,8 @@ RULES = {  # of the model's settings: GPTConfig's
     "dtype": one_of("float32", "bfloat16"),
     "compile": (lambda v: v == "auto" or v.lower() in ("true", "false"), "'auto', True or False"),
     "init_from": one_of("resume", "scratch"),
-    **dict.fromkeys(("batch_size", "micro_batch_size"), at_least(1, 10**6)),
+    "batch_size": at_least(1, 10**6),
+    "micro_batch_size": at_least(0, 10**6),
     **dict.fromkeys(("max_steps", "eval_interval", "eval_sequences", "checkpoint_interval"), at_least(1)),
     "keep_checkpoints": at_least(2),
     "lr": above(0, 10),
@@ -190,7 +191,7 @@ def check(settings):
     check_layout(parallel, world, shard_size)
     pipeline.check(config, settings, world)
     expert_parallel.check(config, expert_size, world // pipeline_size, parallel, shard_size)
-    check_batch(batch_size, micro_batch_size, world // pipeline_size)
+    check_batch(batch_size, micro_batch_size or 1, world // pipeline_size)
     if reduce_dtype != "float32" and parallel != "fsdp":
         raise ValueError(f"reduce_dtype={reduce_dtype!r}: only parallel='fsdp' reduces in it; wanted 'float32'")
     if parallel == "ddp" and "RANK" not in os.environ:
@@ -501,13 +502,17 @@ def open_corpora():
 
 def design_model(settings, vocab, ranks):
     """The model without memory or values yet: with FSDP no process ever holds the whole. Refuses what cannot be."""
-    global vocab_size
+    global vocab_size, micro_batch_size
     vocab_size = settings["vocab_size"] = vocab_size or vocab
     if vocab_size < vocab:
         fail(f"vocab_size={vocab_size}: the corpus in {data_dir} has {vocab} tokens")
     with torch.device("meta"):
         model = GPT(model_config(settings))
     recomputation.apply(model, recompute, recompute_block)
+    if not micro_batch_size:
+        has = plan.device_memory(ranks.device)
+        micro_batch_size = settings["micro_batch_size"] = plan.largest_micro_batch(model, settings, ranks.parts, has)
+        print(f"micro_batch_size = {micro_batch_size}, the largest that plan.py finds to fit in {has / 1e9:.0f} GB")
     try:
         if fp8:
             eight_bits.apply(model, ranks.device.type, gather=parallel == "fsdp" and ranks.device.type == "cuda")

@@ -41,6 +41,17 @@ def report(capsys, name, **changes):
     return capsys.readouterr().out
 
 
+def test_the_largest_micro_batch_is_the_last_that_leaves_an_eighth_of_the_device_free():
+    s = settings(parallel="none", batch_size=24, micro_batch_size=0)
+    with torch.device("meta"):
+        model = GPT(GPTConfig(**SMALL))
+    needs = {n: sum(plan.memory(model, s | {"micro_batch_size": n}, 2, 4).values()) for n in (1, 2, 3, 4, 6, 12)}
+    for size, larger in ((3, 4), (6, 12), (1, 2)):
+        for has in (needs[size] * 8 / 7 + 1, needs[larger] * 8 / 7 - 8):
+            assert plan.largest_micro_batch(model, s, 2, has) == size
+    assert plan.largest_micro_batch(model, s, 2, 1e15) == 12 and plan.largest_micro_batch(model, s, 2, 1) == 1
+
+
 def test_the_27b_model(capsys):
     out = report(capsys, "mhc_27b", plan_device="H200")
     # 27.0B, 4.14B and 662M in the paper

@@ -47,7 +47,7 @@ def runs(tmp_path_factory):
     call("prepare_data.py", f"--dataset={root}", "--tokenizer=bytes", f"--data_dir={root}/data", "--val_fraction=0.5")
     for residual in ("baseline", "hc", "mhc"):
         flags = [*TINY, f"--data_dir={root}/data", f"--out_dir={root}/{residual}", f"--residual={residual}"]
-        flags += ["--max_steps=6", "--eval_interval=3"]
+        flags += ["--max_steps=6", "--eval_interval=3"] + ["--micro_batch_size=0"] * (residual == "baseline")
         if residual == "hc":
             call("train.py", *flags)  # as a user would
             continue
@@ -181,6 +181,11 @@ def test_sublayers_are_compiled_on_cuda_or_as_the_user_says(value, on, monkeypat
 
 def test_a_run_says_whether_it_is_compiled(runs):
     assert "cpu, float32, sublayers not compiled, residual mhc (impl eager)" in (runs / "mhc.log").read_text()
+
+
+def test_a_micro_batch_of_0_is_the_largest_that_fits(runs):
+    assert "micro_batch_size = 4, the largest that plan.py finds to fit in" in (runs / "baseline.log").read_text()
+    assert json.loads((runs / "baseline" / "config.json").read_text())["settings"]["micro_batch_size"] == 4
 
 
 def test_every_other_name_stands_for_a_setting_or_says_why_not():
