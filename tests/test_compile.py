@@ -1,11 +1,15 @@
 """torch.compile of sublayers: one graph each, without a break, and none compiled twice. Backend aot_eager: it traces
 forward and backward as the default does, but needs no C++ compiler, which takes a minute."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
+import train
 from model import run_sublayers
+from parallel import start
 from tests.test_residual import TINY, make, tokens
 
 KINDS = [("baseline", {}), ("hc", {}), ("mhc", {}), ("mhc", {"single_pass": True})]
@@ -49,6 +53,17 @@ def test_boundary_norm_and_sublayer_are_one_graph(residual, changes):
         got, wanted = compiled(x, sublayers)[0], run_sublayers(x, sublayers)[0]
     assert counter.frame_count == 1
     torch.testing.assert_close(got, wanted)
+
+
+def test_weights_that_are_cast_once_a_step_are_not_compiled_in_every_step(monkeypatch):
+    monkeypatch.setattr(train, "dtype", "bfloat16")
+    monkeypatch.setattr(train, "micro_batch_size", 1)
+    model, counter = make(), CompileCounterWithBackend("eager")
+    model.compile_sublayers(backend=counter, fullgraph=True)
+    for step in range(3):
+        batches = SimpleNamespace(of=lambda step: (tokens(step), tokens(step + 1)))
+        train.forward_backward(model, batches, step, start())
+    assert counter.frame_count == 3  # attention, FFN, mixture
 
 
 def test_experts_outside_of_the_grouped_product_run_as_they_are():

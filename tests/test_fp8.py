@@ -24,7 +24,8 @@ def nearest(t, dim=None):
 def test_a_grouped_product_multiplies_rounded_operands():
     """Forward and both gradients, scales along what is summed; an expert without rows, rows behind the last."""
     x, w, g = torch.randn(37, 24), 0.3 * torch.randn(4, 10, 24), torch.randn(37, 10)
-    w[0] *= 100  # a scale of its own
+    w[0] *= 100
+    w[2][1:] *= 1e6  # beside which row 0 would vanish, if it had no scale of its own
     x.requires_grad_(), w.requires_grad_()
     ends = torch.tensor([9, 9, 30, 35], dtype=torch.int32)
     y = fp8.Emulated.apply(x, w.transpose(1, 2), ends)
