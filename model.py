@@ -10,6 +10,7 @@ Equation numbers (Eq) are those of mHC, arXiv 2512.24880; HC is arXiv 2409.19606
 """
 
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -556,6 +557,19 @@ class GPT(nn.Module):
         parts = [m for _, block in self.blocks() for f in (block.self_attn, block.mlp) for m in f.modules()]
         linears = [(m, "weight") for m in parts if type(m) is nn.Linear]
         return linears + [(m, name) for m in parts if isinstance(m, Experts) for name, _ in m.named_parameters()]
+
+    @contextmanager
+    def with_matrices(self, others):
+        """As long as it lasts, `others`, as many tensors as matrices(), are in their places."""
+        places = self.matrices()
+        own = [module._parameters[name] for module, name in places]
+        try:
+            for (module, name), t in zip(places, others, strict=True):
+                module._parameters[name] = t
+            yield
+        finally:
+            for (module, name), p in zip(places, own, strict=True):
+                module._parameters[name] = p
 
     def residuals(self):
         """The 2L residual connections in order."""

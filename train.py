@@ -28,7 +28,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import fields
 
 import numpy as np
@@ -283,21 +283,14 @@ def autocast(device):
     return torch.autocast(device.type, dtype=torch.bfloat16) if dtype == "bfloat16" else nullcontext()
 
 
-@contextmanager
 def narrow_weights(model):
-    """The matrices of every F in bf16, cast once for all micro-batches of a step; autocast would cast them in each.
+    """A context for one step: the matrices of every F in bf16, cast once; autocast would cast them in each micro-batch.
 
     Each gradient still goes through the cast by itself, so micro-batches add up in fp32, in the parameters. FSDP has
     bf16 copies of its own."""
-    places = model.matrices() if dtype == "bfloat16" and parallel != "fsdp" else []
-    wide = [module._parameters[name] for module, name in places]
-    for (module, name), p in zip(places, wide, strict=True):
-        module._parameters[name] = p.to(torch.bfloat16)
-    try:
-        yield
-    finally:
-        for (module, name), p in zip(places, wide, strict=True):
-            module._parameters[name] = p
+    if dtype != "bfloat16" or parallel == "fsdp":
+        return nullcontext()
+    return model.with_matrices([module._parameters[name].to(torch.bfloat16) for module, name in model.matrices()])
 
 
 # -- one optimizer step ---------------------------------------------------------------------------------------------

@@ -111,14 +111,14 @@ class Decoder:
 
     On a GPU in bf16 a token is one CUDA graph instead of thousands of launches. Its shapes are fixed: attention looks
     at REACH positions at a time, those not written yet masked, and a graph is made anew when they are full.
-    In other dtypes the experts wait for the device (layers.Experts), which a graph cannot.
+    Where experts wait for the device (never_waits), which a graph cannot, there is none.
     """
 
     REACH = 256
 
     def __init__(self, runner, cache):
         self.runner, self.cache, self.replay = runner, cache, None
-        self.graphs = runner.device.type == "cuda" and runner.dtype == torch.bfloat16
+        self.graphs = runner.device.type == "cuda" and never_waits(runner.config, runner.dtype)
 
     def __call__(self, tokens):
         if not self.graphs:
@@ -147,6 +147,14 @@ class Decoder:
 
         self.replay, self.h = captured(step, undo)
         cache.most = most
+
+
+def never_waits(config, dtype):
+    """Whether a token of this model runs on this GPU without waiting for it: experts in bf16, of widths that torch's
+    grouped product takes, on Hopper or newer; elsewhere that is a loop over the experts on the host."""
+    aligned = config.n_embd % 8 == 0 and config.moe_intermediate_size % 8 == 0
+    grouped = dtype == torch.bfloat16 and aligned and torch.cuda.get_device_capability() >= (9, 0)
+    return dtype == torch.bfloat16 and (grouped or not config.has_moe)
 
 
 def captured(step, undo):

@@ -14,6 +14,7 @@ Rows within a stage differ in length and are padded on the right; the cache's ro
 """
 
 import math
+from contextlib import nullcontext
 from itertools import accumulate
 
 import torch
@@ -49,13 +50,16 @@ def encode_pair(encoding, context, continuation):
 
 
 class Runner:
-    """A model with what every call needs: its device, cache dtype, and autocast for dtype='bfloat16'."""
+    """A model with what every call needs: its device, cache dtype, and for dtype='bfloat16' autocast and copies of the
+    matrices in it, which autocast would otherwise make anew for every token."""
 
     def __init__(self, model, dtype="float32", max_length=None):
         self.model, self.config = model.eval(), model.config
         self.device = next(model.parameters()).device
         self.dtype = getattr(torch, dtype)
-        self.max_length = max_length or model.config.seq_len
+        self.max_length, self.copies = max_length or model.config.seq_len, None
+        if dtype == "bfloat16":
+            self.copies = [module._parameters[name].detach().bfloat16() for module, name in model.matrices()]
 
     def hidden(self, rows, cache=None):
         """rows: lists of tokens, padded here on the right; continues `cache` and sets its true lengths. -> (R, T, C)"""
@@ -69,7 +73,8 @@ class Runner:
 
     def forward(self, idx, cache=None):
         """idx (R, T) -> (R, T, C); continues `cache`, all T tokens of each row."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        copies = self.model.with_matrices(self.copies) if self.copies else nullcontext()
+        with copies, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.model.hidden(idx, cache)
 
     def extend(self, cache, index, rows, room=0):

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 import mhc_cpu
 from evals import generate as loop
+from evals.score import Runner
 from layers import LatentCache
 from model import GPT, GPTConfig
 from sample import draw, generate, keep_likeliest
@@ -167,6 +168,33 @@ def test_a_graph_of_a_token_has_fixed_shapes_and_gives_the_same_text(residual, m
     assert generate(model, PROMPTS * 2, 25, 1.0, seeds=range(8), stop=stop) == wanted
     different = {str(shapes) for shapes in play_back.seen}
     assert 3 < play_back.made < len(play_back.seen) / 2 and len(different) <= play_back.made
+
+
+@pytest.mark.parametrize(
+    "changes, dtype, capability, graph",
+    [
+        ({}, torch.bfloat16, (9, 0), True), ({}, torch.bfloat16, (8, 0), False), ({}, torch.float32, (9, 0), False),
+        ({"moe_intermediate_size": 12}, torch.bfloat16, (9, 0), False),
+        ({"first_k_dense_replace": 2}, torch.bfloat16, (8, 0), True),
+    ],
+)  # fmt: skip
+def test_a_token_is_a_graph_where_experts_do_not_wait(changes, dtype, capability, graph, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert loop.never_waits(make_model(**changes).config, dtype) == graph
+
+
+def test_in_bf16_the_matrices_are_cast_once_and_not_for_every_token():
+    """The copies are the runner's; the model keeps its own, and says the same to the bit as under autocast alone."""
+    model, idx = make_model(residual="baseline"), torch.tensor([PROMPTS[2]])
+    runner = Runner(model, "bfloat16")
+    with Shapes() as shapes:
+        h = runner.forward(idx)
+    matrices = [module._parameters[name] for module, name in model.matrices()]
+    casts = {shape for name, made in shapes.of if "_to_copy" in name for shape in made}
+    assert casts and not {p.shape for p in matrices} & casts
+    assert all(p.dtype == torch.float32 for p in matrices)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.hidden(idx), h)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
