@@ -319,15 +319,27 @@ def wide_mm(a, b):
     return torch.mm(a, b, out_dtype=map_dtype(a)) if a.is_cuda else a.to(map_dtype(a)) @ b.to(map_dtype(b))
 
 
+def softmax_loss(logits, target, dtype):
+    """logits (M, V), target (M, 1) -> the sum of their cross entropies, and its gradient by the logits in dtype.
+
+    For torch.compile, which makes of it few passes over the logits. Uncompiled, what HeadLoss does in place is cheaper.
+    """
+    log_p = logits - logits.logsumexp(1, keepdim=True)
+    picked = torch.arange(logits.shape[1], device=logits.device) == target  # (M, V); nothing in a row to be ignored
+    d = (log_p.exp() - picked.to(log_p.dtype)) * (target != -1)
+    return -torch.where(picked, log_p, 0.0).sum(), d.to(dtype)
+
+
 class HeadLoss(torch.autograd.Function):
     """h (N, C), W (V, C), targets (N,) -> the sum of the cross entropies of the logits h W^T, in nats. -1 is ignored.
 
     No more than LOGITS_AT_ONCE logits exist at once. While a chunk of them is there, its share of both gradients is
     made too: nothing is computed twice, and the backward only scales. W's gradient is summed over chunks in fp32.
+    fused: softmax_loss, compiled, or None.
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, wants_gradients):
+    def forward(ctx, h, weight, targets, wants_gradients, fused=None):
         w, total = weight.to(h.dtype), torch.zeros((), dtype=map_dtype(h), device=h.device)
         d_h, d_w = (
             (torch.empty_like(h), torch.zeros_like(weight, dtype=map_dtype(h))) if wants_gradients else (None, None)
@@ -337,12 +349,17 @@ class HeadLoss(torch.autograd.Function):
         for start in range(0, len(h), chunk):
             rows = slice(start, start + chunk)
             logits, target = wide_mm(h[rows], w.t()), targets[rows].unsqueeze(1)
-            seen, target = target != -1, target.clamp(min=0)
-            log_p = logits.sub_(logits.logsumexp(1, keepdim=True))
-            total -= (log_p.gather(1, target) * seen).sum()
+            if fused and wants_gradients:
+                loss, d = fused(logits, target, h.dtype)
+                total += loss
+            else:
+                seen, target = target != -1, target.clamp(min=0)
+                log_p = logits.sub_(logits.logsumexp(1, keepdim=True))
+                total -= (log_p.gather(1, target) * seen).sum()
             if wants_gradients:
-                d = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype)).mul_(seen)
-                d = d.to(h.dtype)  # the gradient of the logits: p - one-hot
+                if not fused:
+                    d = log_p.exp_().scatter_add_(1, target, -torch.ones_like(target, dtype=log_p.dtype)).mul_(seen)
+                    d = d.to(h.dtype)  # the gradient of the logits: p - one-hot
                 d_h[rows] = wide_mm(d, w)
                 d_w += wide_mm(d.t(), h[rows])
         ctx.save_for_backward(d_h, d_w)
@@ -353,4 +370,4 @@ class HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         d_h, d_w = ctx.saved_tensors
-        return (d_h * g).to(d_h.dtype), (d_w * g).to(ctx.dtype), None, None
+        return (d_h * g).to(d_h.dtype), (d_w * g).to(ctx.dtype), None, None, None

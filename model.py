@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layers import MLA, MLP, Experts, HeadLoss, MoE, RMSNorm, rope_angles
+from layers import MLA, MLP, Experts, HeadLoss, MoE, RMSNorm, rope_angles, softmax_loss
 from manifolds import MANIFOLDS, check_manifold
 from mhc import hc_coeffs, hc_step, hyper_step, mhc_coeffs, mhc_post_res, mhc_pre, mhc_step
 from mhc_ref import map_dtype
@@ -528,6 +528,7 @@ class GPT(nn.Module):
         self.collapse_head = CollapseHead(config) if config.collapse == "head" else None
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # untied
+        self.softmax_loss = None  # HeadLoss', once it is compiled
 
     def blocks(self):
         """(number, block) of the blocks that are here: all of them, but in a pipeline (pipeline.py)."""
@@ -547,7 +548,10 @@ class GPT(nn.Module):
             yield block.mlp_residual, block.post_attention_layernorm, block.mlp
 
     def compile_sublayers(self, **how):
-        """torch.compile every F, how: its arguments. The boundaries between them have kernels of their own: mhc.py."""
+        """torch.compile every F, and the head's loss between its products; how: its arguments.
+
+        The boundaries between them have kernels of their own: mhc.py."""
+        self.softmax_loss = torch.compile(softmax_loss, **how)
         for _, block in self.blocks():
             block.self_attn.compile(**how)
             block.mlp.compile(**how)
@@ -612,7 +616,7 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(h.device.type):
             h = h.to(torch.get_autocast_dtype(h.device.type))
         with torch.autocast(h.device.type, enabled=False):  # it would round the fp32 logits on a CPU
-            total = HeadLoss.apply(h, self.lm_head.weight, targets, torch.is_grad_enabled())
+            total = HeadLoss.apply(h, self.lm_head.weight, targets, torch.is_grad_enabled(), self.softmax_loss)
         return total / (targets != -1).sum().clamp(min=1)
 
     @torch.no_grad()

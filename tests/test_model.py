@@ -10,7 +10,7 @@ from torch._subclasses import FakeTensorMode
 
 import layers as module
 import mhc_cpu
-from layers import MLA, Combine, Dispatch, Experts, HeadLoss, LatentCache, MoE, apply_rope, rope_angles
+from layers import MLA, Combine, Dispatch, Experts, HeadLoss, LatentCache, MoE, apply_rope, rope_angles, softmax_loss
 from model import GPT, GPTConfig
 from plan import LiveBytes
 from tests.test_residual import TINY, make, tokens
@@ -217,7 +217,8 @@ def test_full_logits_never_exist_at_once(monkeypatch):
     "dtype, d_h, d_w", [(torch.float64, 1e-14, 1e-14), (torch.float32, 1e-6, 1e-6), (torch.bfloat16, 2.5e-3, 1e-3)]
 )
 @pytest.mark.parametrize("chunks", [1, 32])
-def test_head_gradients_do_not_lose_with_the_number_of_chunks(monkeypatch, dtype, d_h, d_w, chunks):
+@pytest.mark.parametrize("fused", [None, softmax_loss])
+def test_head_gradients_do_not_lose_with_the_number_of_chunks(monkeypatch, dtype, d_h, d_w, chunks, fused):
     """Against fp64 on the same rounded h and W. h's gradient is rounded to h's dtype, W's is fp32."""
     N, C, V = 512, 32, 700
     h, w, targets = torch.randn(N, C).to(dtype), 0.3 * torch.randn(V, C), torch.randint(V, (N,))
@@ -226,7 +227,7 @@ def test_head_gradients_do_not_lose_with_the_number_of_chunks(monkeypatch, dtype
     wide = [v.double().requires_grad_() for v in (h, w)]
     want = F.cross_entropy(wide[0] @ wide[1].T, targets, ignore_index=-1, reduction="sum")
     leaves = [v.detach().requires_grad_() for v in (h, w)]
-    got = HeadLoss.apply(*leaves, targets, True)
+    got = HeadLoss.apply(*leaves, targets, True, fused)
     assert abs(got.item() / want.item() - 1) < min(d_w, 1e-6)
     grads = zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, wide), leaves, (d_h, d_w), strict=True)
     for g, e, leaf, allowed in grads:
