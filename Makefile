@@ -4,7 +4,7 @@ py := .venv/bin/python
 rounds ?= 50
 jobs ?= 2
 
-.PHONY: demo demo-seeds report test lint drill clean
+.PHONY: demo demo-seeds report test lint drill gpu clean
 
 demo: .venv/done
 	$(py) prepare_data.py --dataset=python --tokenizer=bpe2048
@@ -33,6 +33,10 @@ lint: .venv/done
 
 drill: .venv/done
 	$(py) tools/drill.py --rounds=$(rounds)
+
+# On a machine with a GPU, under its own python3 with its own torch and Triton: nine minutes; the numbers go to gpu.json.
+gpu:
+	$(PYTHON) tools/gpu_hour.py
 
 # Remade when requirements.txt changes.
 .venv/done: requirements.txt

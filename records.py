@@ -300,3 +300,11 @@ METRIC = {  # of a step, with a loss, or of an evaluation, with a val_loss
     **{f"{kind}_{way}_{m}?": [MAYBE] for kind in ("single", "composite") for way in ("fwd", "bwd")
        for m in ("max", "min")},
 }  # fmt: skip
+
+# -- gpu.json, of tools/gpu_hour.py -----------------------------------------------------------------------------------
+
+GPU_STAGE = {
+    "status": one_of("done", "failed", "skipped"), "seconds": number(0), "error": null_or(string()),
+    "records": [each(any_of(number(), null_or(string()), boolean))],
+}  # fmt: skip
+GPU_REPORT = {"made_by": one_of("mhc"), "what": one_of("gpu"), "stages": each(GPU_STAGE)}

@@ -454,6 +454,15 @@ def need_gpu():
         sys.exit("error: timing kernels needs a GPU and PyTorch sees none here; `traffic` and `kernels` need none")
 
 
+def kernel_times(tensors, rounds=20):
+    """{kernel of a boundary: ms a launch}, by torch's profiler."""
+    run_boundary(tensors)  # compile
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(rounds):
+            run_boundary(tensors)
+    return {e.key: e.device_time_total / e.count / 1e3 for e in profile.key_averages() if e.key in UNITS}
+
+
 def print_gpu(C=2560, n=4, T=16384):
     """Times on a GPU: a copy; each kernel with the bandwidth of the streams it asks for; forward + backward by impl."""
     need_gpu()
@@ -468,14 +477,8 @@ def print_gpu(C=2560, n=4, T=16384):
     target = torch.empty_like(x)
     copy_ms = do_bench(lambda: target.copy_(x))
     print(f"copy of x: {copy_ms:.3f} ms, {2 * n * unit / copy_ms / 1e6:.0f} GB/s")
-    run_boundary(tensors)  # compile
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(20):
-            run_boundary(tensors)
-    for event in profile.key_averages():
-        if event.key in UNITS:
-            ms = event.device_time_total / event.count / 1e3
-            print(f"{event.key:26}{ms:8.3f} ms {UNITS[event.key] * unit / ms / 1e6:8.0f} GB/s of streams")
+    for kernel, ms in kernel_times(tensors).items():
+        print(f"{kernel:26}{ms:8.3f} ms {UNITS[kernel] * unit / ms / 1e6:8.0f} GB/s of streams")
     leaves = [t.requires_grad_() for t in tensors]
     H_pre = one_hot(x)
     steps = {"triton": lambda *args: mhc_gpu.mhc_step(*args, None, None)}
@@ -501,38 +504,87 @@ def candidates(row):
     return dict.fromkeys((*tile, *options) for tile in tiles for options in itertools.product((4, 8), (1, 2, 3)))
 
 
-def retune(tensors, bench):
-    """Try every candidate for every kernel of a boundary, one kernel after the other, the best so far in the others'
-    place. -> {kernel: {row: ms of forward and backward}}. bench(function) -> ms."""
-    from triton.runtime.errors import OutOfResources
-
+@contextlib.contextmanager
+def rows_instead(chosen):
+    """Rows for these kernels, {kernel: row}, in the place of the block table's. -> the table's own function."""
     import sinkhorn_kernel as sk
 
-    given, chosen, times = sk.blocks, {}, {}
+    given = sk.blocks
 
     def blocks(kernel, *args):
-        BT, BC, options = given(kernel, *args)
         if kernel not in chosen:
-            return BT, BC, options
+            return given(kernel, *args)
         BT, BC, warps, stages = chosen[kernel]
         return BT, BC, {"num_warps": warps, "num_stages": stages}
 
-    x = tensors[0]
     sk.blocks = blocks
     try:
+        yield given
+    finally:
+        sk.blocks = given
+
+
+def rows_to_try(kernel, n, C):
+    """The table's own row, and then the candidates beside it."""
+    import sinkhorn_kernel as sk
+
+    BT, BC, options = sk.blocks(kernel, n, C)
+    now = (BT, BC, options["num_warps"], options["num_stages"])
+    return list(dict.fromkeys([now, *candidates(now)]))
+
+
+def retune(tensors, bench, spills=None, report=lambda kernel, times, dropped: None):
+    """Try every candidate for every kernel of a boundary, one kernel after the other, the best so far in the others'
+    place. -> {kernel: {row: ms of forward and backward}}, the table's row first. bench(function) -> ms.
+
+    spills(kernel, row) -> bytes a thread, None where it cannot run: such rows, and those that spill, are not timed, but
+    for the table's. report(kernel, times, how many were dropped) is called as soon as a kernel is done."""
+    from triton.runtime.errors import OutOfResources
+
+    (n, C), chosen, times = tensors[0].shape[-2:], {}, {}
+    with rows_instead(chosen):
         for kernel in TUNED:
-            BT, BC, options = given(kernel, x.shape[-2], x.shape[-1])
-            now, times[kernel] = (BT, BC, options["num_warps"], options["num_stages"]), {}
-            for row in dict.fromkeys([now, *candidates(now)]):
+            now, *others = rows_to_try(kernel, n, C)
+            kept = [row for row in others if spills is None or spills(kernel, row) == 0]
+            times[kernel] = {}
+            for row in (now, *kept):
                 chosen[kernel] = row
                 try:
                     times[kernel][row] = bench(lambda: run_boundary(tensors))
                 except OutOfResources as e:
                     print(f"  {kernel} {row}: {e}")
             chosen[kernel] = min(times[kernel], key=times[kernel].get)
-    finally:
-        sk.blocks = given
+            report(kernel, times[kernel], len(others) - len(kept))
     return times
+
+
+def compile_row(kernel, row, C, n, T):
+    """Compile a kernel with a row of blocks for the GPU that is here, into Triton's cache. -> bytes a thread that
+    spill; None if it wants more shared memory, or registers, than there is."""
+    from triton.runtime.errors import OutOfResources
+
+    import sinkhorn_kernel as sk
+
+    with rows_instead({kernel: row}):
+        found = [launch for launch in launches(C, n, T, maker=sk.MAKER) if launch[0].__name__ == f"{kernel}_kernel"]
+    try:
+        return 4 * max(spilled_words(*launch) for launch in found)
+    except OutOfResources:
+        return None
+
+
+def spilled_words(kernel, named, options, grid):
+    compiled = kernel.warmup(*(named[name] for name in kernel.arg_names), grid=grid, **options)
+    compiled._init_handles()  # loads it: until then nobody knows
+    return compiled.n_spills
+
+
+def compile_ahead_of_tuning(pool, C, n, T):
+    """Hand the candidates of all kernels to the pool's processes, in the order of the tuning. -> spills for `retune`,
+    which waits for the one it asks for."""
+    tasks = [(kernel, row) for kernel in TUNED for row in rows_to_try(kernel, n, C)[1:]]
+    pending = {task: pool.submit(compile_row, *task, C, n, T) for task in tasks}
+    return lambda kernel, row: pending[kernel, row].result()
 
 
 def print_retune(C=2560, n=4, T=16384):
@@ -541,9 +593,13 @@ def print_retune(C=2560, n=4, T=16384):
     from triton.testing import do_bench
 
     print(f"{torch.cuda.get_device_name()}: n = {n}, C = {C}, {T} tokens, bf16; ms of a boundary, forward and backward")
-    for kernel, times in retune(example(C, n, T, device="cuda"), do_bench).items():
-        now, best = next(iter(times)), min(times, key=times.get)
-        print(f'"{kernel}": {best},  # {times[best]:.3f}; {now}, as it is: {times[now]:.3f}; {len(times)} tried')
+    retune(example(C, n, T, device="cuda"), do_bench, report=print_tuned)
+
+
+def print_tuned(kernel, times, dropped):
+    now, best = next(iter(times)), min(times, key=times.get)
+    print(f'"{kernel}": {best},  # {times[best]:.3f}; {now}, as it is: {times[now]:.3f}; {len(times)} tried, '
+          f"{dropped} dropped")  # fmt: skip
 
 
 def main(what="compile", *numbers):
