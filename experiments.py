@@ -34,6 +34,8 @@ import numpy as np
 import torch
 
 import owned
+import plan
+import recompute
 import train
 from configurator import at_least, configure, fail, read_file
 from model import CHOICES, GPT, RESIDUALS, GPTConfig
@@ -145,11 +147,33 @@ def choices():
     return [{"residual": "mhc", "maps_lr_scale": 100} | c | {"seed": seed} for c in changes for seed in SEEDS]
 
 
+def memory():
+    """Table 3: recomputation in blocks of L_r sublayers, around Eq 20's L_r*, beside none and 'full'."""
+    lengths = {24: (1, 2, 3, 4, 5, 6, 8, 24), 60: (1, 3, 4, 5, 6, 7, 8, 9, 12, 60)}
+    cells = [grid(sublayers=L, recompute=["none", "full"]) for L in lengths]
+    cells += [grid(sublayers=L, recompute="mhc", L_r=blocks) for L, blocks in lengths.items()]
+    return list(itertools.chain(*cells))
+
+
+def measure_memory(config, cell, folder):
+    """-> the row of a cell of `memory`: what is kept for the backward and its peak, in units of C a token."""
+    from tools import bench
+
+    model, tokens = bench.thin_model(cell["sublayers"]), 64
+    idx = torch.randint(32, (1, tokens), generator=torch.Generator().manual_seed(0))
+    L_r = recompute.apply(model, cell["recompute"], cell.get("L_r", -1))
+    saved, peak = (v / (4 * model.config.n_embd * tokens) for v in plan.measured_bytes(model, idx, idx))
+    cost = recompute.block_cost(cell["sublayers"], L_r, model.config.n_streams) if cell["recompute"] == "mhc" else ""
+    return {"cell": name_of(cell), **cell, "commit": train.commit(), "saved": round(saved, 1), "peak": round(peak, 1),
+            "table_3": cost, "best_L_r": recompute.best_block(cell["sublayers"], model.config.n_streams)}  # fmt: skip
+
+
 class Experiment(NamedTuple):
     question: str
     cells: Callable  # -> a list of dicts, in the order they are run
     config: str = DEMO
     file: str = ""  # of the results, where it is not the experiment's name
+    row: Callable | None = None  # (config, cell, folder) -> a row, where a cell is not a run of train.py
 
 
 EXPERIMENTS = {
@@ -161,10 +185,10 @@ EXPERIMENTS = {
     "depth": Experiment("Figs 2, 3, 7, 8: what do the gains do over depth, and does mHC live where HC dies?", depth),
     "ablation": Experiment("Table 1: which of the maps brings the gain?", ablation),
     "choices": Experiment("What do the choices that the paper leaves open cost or bring?", choices),
+    "memory": Experiment("Table 3: what is kept, and is L_r* the best?", memory, row=measure_memory),
 }
 ELSEWHERE = {  # not a grid of short runs
     "overhead": "python tools/bench.py cpu --rounds=15",
-    "memory": "python tools/bench.py memory",
     "upcycling": "python convert.py RUN OUT --residual=mhc",
     "downstream": "python experiments.py sizes --keep=True; python eval.py RUN RUN --tasks=all",
 }
@@ -185,7 +209,7 @@ def cells_of(experiment):
     possible, missing, known = [], {}, CHOICES | {"residual": RESIDUALS}
     for cell in EXPERIMENTS[experiment].cells():
         lacks = [k for k, v in cell.items() if k not in vars(train) or v not in known.get(k, [v])]
-        if lacks:
+        if lacks and EXPERIMENTS[experiment].row is None:
             missing.setdefault(", ".join(f"{k}={cell[k]!r}" for k in lacks), []).append(cell)
         else:
             possible.append(cell)
@@ -222,9 +246,10 @@ def read_rows(path):
 def write_rows(path, rows):
     """Replace a CSV file as a whole: cell, the settings that vary, what was measured."""
     settings = list(dict.fromkeys(k for row in rows.values() for k in row if k not in ("cell", *MEASURED)))
+    measured = MEASURED if any("val_loss" in row for row in rows.values()) else ["commit"]
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with whole_file(path, lambda path: read_bytes(path)[:5] == b"cell,") as f:
-        writer = csv.DictWriter(f, ["cell", *settings, *MEASURED], restval="", lineterminator="\n")
+        writer = csv.DictWriter(f, ["cell", *settings, *measured], restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows.values())
 
@@ -350,7 +375,7 @@ def run(experiment):
     cells, place = cells_of(experiment), "quick" if quick else ""
     path = os.path.join(os.path.join(runs, place) if quick else results, f"{file}.csv")
     if quick:
-        cells = {n: c for n, c in cells.items() if c.get("seed") in (None, *SEEDS[:2])}
+        cells = {n: c for n, c in cells.items() if c.get("seed") in (None, *SEEDS[:2]) and c.get("sublayers", 0) < 60}
     rows = read_rows(path)
     todo = {n: c for n, c in cells.items() if n not in rows}
     print(f"{experiment}: {len(cells)} cells, {len(cells) - len(todo)} done -> {path}")
@@ -361,7 +386,7 @@ def run(experiment):
             return
         folder = os.path.join(runs, place, file, name)
         try:
-            row = run_cell(config, cell, folder)
+            row = (EXPERIMENTS[experiment].row or run_cell)(config, cell, folder)
         except RuntimeError as e:
             failed.append(name)
             print(f"FAILED {e}", flush=True)
@@ -371,9 +396,10 @@ def run(experiment):
         with lock:
             rows[name] = row
             write_rows(path, {n: rows[n] for n in (*cells, *rows) if n in rows})  # in the table's order
-        if not keep:
+        if not keep and os.path.isdir(folder):
             owned.remove(folder, "run")  # but for what somebody else has put there
-        print(f"{name}: val_loss {row['val_loss'] or 'none'}  gain {row.get('gain_peak', '-')}", flush=True)
+        said = [f"{k} {row[k] or '-'}" for k in ("val_loss", "gain_peak", "peak") if k in row]
+        print(f"{name}: {'  '.join(said)}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(work, todo, todo.values()))

@@ -459,17 +459,21 @@ class Log:
                     send(name, value, record["step"])
 
 
-def provenance(settings, train_data, val_data):
-    """Settings, command line, commit and data hashes, so that a result can be traced to what made it."""
+def commit():
+    """What `git describe` says of this code, '-dirty' if it was changed since; None without git."""
     here = os.path.dirname(os.path.abspath(__file__))
     try:
         git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
-        commit = git.stdout.strip() or None
     except OSError:  # no git on this machine
-        commit = None
+        return None
+    return git.stdout.strip() or None
+
+
+def provenance(settings, train_data, val_data):
+    """Settings, command line, commit and data hashes, so that a result can be traced to what made it."""
     data = {"train": train_data.fingerprint, "val": val_data.fingerprint}
     data |= {"tokenizer": train_data.tokenizer_sha256} if train_data.tokenizer_sha256 else {}
-    return {"settings": settings, "command": [sys.executable, *sys.argv], "commit": commit, "data": data}
+    return {"settings": settings, "command": [sys.executable, *sys.argv], "commit": commit(), "data": data}
 
 
 def start_profiler(is_main):

@@ -113,10 +113,21 @@ def test_an_unknown_experiment_and_a_second_process_end_in_one_line(table, monke
     with pytest.raises(SystemExit):
         experiments.main()
     assert "'tin': wanted one of tiny" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["experiments.py", "memory"])
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "overhead"])
     with pytest.raises(SystemExit):
         experiments.main()
-    assert "memory is not a grid of runs: python tools/bench.py memory" in capsys.readouterr().err
+    assert "overhead is not a grid of runs: python tools/bench.py cpu" in capsys.readouterr().err
     with experiments.hold("tiny"), pytest.raises(SystemExit):
         experiments.hold("tiny")
     assert "tiny is being run by another process" in capsys.readouterr().err
+
+
+def test_a_cell_that_is_no_run_has_its_own_row(table, monkeypatch):
+    cells = lambda: [{"sublayers": 8, "recompute": "mhc", "L_r": L_r} for L_r in (2, 4)]  # noqa: E731
+    measured = experiments.Experiment("?", cells, row=experiments.measure_memory)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", measured)
+    assert experiments.run("tiny") == 0
+    rows = experiments.read_rows(table)
+    kept = [float(row["saved"]) for row in rows.values()]
+    assert kept[0] > kept[1] > 8 and [row["table_3"] for row in rows.values()] == ["28", "32"]  # 4 x 8/L_r + 6 L_r
+    assert "val_loss" not in rows["sublayers=8,recompute=mhc,L_r=2"]

@@ -82,7 +82,7 @@ def test_a_page_from_rows(place):
     assert "HC is behind mHC in 5 of 5, behind the baseline in 4 of 5" in page  # a loss that is no number is behind
     assert board.index("mine") < board.index("maps_lr_scale=100") < board.index("| demo.py | HC, maps_lr_scale=1 ")
     assert all((place / "assets" / f"{name}.png").stat().st_size > 10_000 for name in ("rates", "demo"))
-    assert page.count("Not run yet") == 6
+    assert page.count("Not run yet") == 7
 
 
 def test_kinds_are_compared_at_their_best_rates_once_three_have_been_tried(place):
@@ -187,3 +187,17 @@ def test_what_decides_depth_ablation_and_choices_are_paired_by_seed(place):
     worse = rows_of(experiments.choices(), lambda c: loss(c) + 0.05 * (c.get("manifold", "sinkhorn") != "sinkhorn"))
     assert section(place, "choices", worse).count("0.050 ± 0.000") == 5  # the other manifolds
     assert "lr" in section(place, "tune", rows_of(experiments.tune()[:4], loss))
+
+
+def test_the_block_length_with_the_smallest_peak_is_held_against_the_formula(place):
+    def rows_at(peaks):
+        cells = [{"sublayers": 60, "recompute": "mhc", "L_r": L_r} for L_r in peaks]
+        shared = {"commit": "c", "saved": 100, "table_3": 76, "best_L_r": 6}
+        return {(n := experiments.name_of(c)): {"cell": n, **c, **shared, "peak": peaks[c["L_r"]]} for c in cells}
+
+    page, said = section(place, "memory", rows_at({4: 210, 6: 198, 7: 199})), []
+    assert "| 60 | mhc | 6 | 100 | 198 | 76 |" in page and "peak is at L_r = 6, Eq 20's L_r* is 6." in page
+    report.claim_of_memory(lambda *a, **k: said.append(k["verdict"]))
+    section(place, "memory", rows_at({4: 1, 6: 198}))
+    report.claim_of_memory(lambda *a, **k: said.append(k["verdict"]))
+    assert said == ["reproduced", "not reproduced"]

@@ -211,4 +211,24 @@ def choices(rows):
     return grid_table(rows, [("less mHC's", lambda some: paired(values(some, "val_loss"), home))]), None
 
 
-SECTIONS = {f.__name__: f for f in (tune, sizes, decides, depth, ablation, choices)}
+# -- Table 3 -----------------------------------------------------------------------------------------------------------
+
+
+def memory(rows):
+    """Each depth's peaks by L_r, and where the measured one is smallest."""
+    lines, best = [], []
+    for L in dict.fromkeys(int(r["sublayers"]) for r in rows.values()):
+        some = [r for r in rows.values() if r["sublayers"] == str(L)]
+        lines += [[L, r["recompute"], r["L_r"], r["saved"], r["peak"], r["table_3"]] for r in some]
+        if cut := [r for r in some if r["recompute"] == "mhc"]:
+            least = min(cut, key=lambda r: float(r["peak"]))
+            best.append(f"- {L} sublayers: the smallest measured peak is at L_r = {least['L_r']}, Eq 20's L_r* is "
+                        f"{least['best_L_r']}.")  # fmt: skip
+    header = ["sublayers", "recompute", "L_r", "kept", "peak", "n ceil(L/L_r) + (n+2) L_r"]
+    text = (
+        "In units of C numbers a token, F's own activations made small (C = 128, n = 4); Table 3 leaves out F's output."
+    )
+    return "\n\n".join((text, table(header, lines), "\n".join(best))), None
+
+
+SECTIONS = {f.__name__: f for f in (tune, sizes, decides, depth, ablation, choices, memory)}
