@@ -315,8 +315,8 @@ def prefetch(model):
     """Let the weights of the next sublayer be on their way while one is at work, forward and backward.
 
     FSDP2 asks for a group's weights when the host comes to it: too late where the host waits for the device in between,
-    as in every exchange of tokens. In a backward it asks for one group ahead: under expert_size, whose routed experts
-    are a group inside their FFN, for all but these, which are most of the model."""
+    as in every exchange of tokens. In a backward it asks for one group ahead. But under expert_size an FFN is two, and
+    the second, the routed experts, which are most of the model, it would ask for when the FFN has begun."""
     sublayers = [[model.embed_tokens]]
     for _, block in model.blocks():
         experts = [m for m in block.mlp.children() if isinstance(m, FSDPModule)]
