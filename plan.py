@@ -272,6 +272,8 @@ def report(config, s):
     best = best_block(L, config.n_streams)
     print(f"L_r*={best} of {L} sublayers (Eq 20: {block_cost(L, best, config.n_streams)} C a token); "
           f"recompute={s['recompute']!r}, segments of {block}")  # fmt: skip
+    if s.get("fp8"):
+        print("fp8=True: days, memory and what is sent are reckoned as in bf16")
     copies = world // (s["shard_size"] or world) if s["parallel"] == "fsdp" else world
     shared = f", experts of a layer over {s['expert_size']}" if s["expert_size"] > 1 else ""
     print(f"layout: {world} devices, parallel={s['parallel']!r}, {copies} copies of the weights{shared}")
