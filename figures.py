@@ -4,6 +4,7 @@
     python figures.py out/a out/b --figure=loss --out=loss.png          # Figs 2 and 5: loss gap and gradient norm
     python figures.py out/hc out/mhc --figure=gains --out=gains.png     # Figs 3 and 7: single and composite gains
     python figures.py out/mhc --figure=maps --out=maps.png              # Fig 8: H_res with its row and column sums
+    python figures.py gpu.json --figure=roofline --out=roofline.png     # a boundary's times, of `make gpu`
 
 Prints one table of the runs. 'report' is all of it on one page.
 The loss gap is to the run whose residual is 'baseline'.
@@ -28,9 +29,23 @@ import numpy as np
 import owned
 from configurator import between, configure, fail, one_of, some
 from owned import NotOurs
-from records import METRIC, Missing, RecordError, Unreadable, open_file, read_bytes, read_json, read_lines, string
+from records import (
+    GPU_REPORT,
+    METRIC,
+    Missing,
+    RecordError,
+    Unreadable,
+    check,
+    number,
+    open_file,
+    read_bytes,
+    read_json,
+    read_lines,
+    string,
+)
+from records import one_of as same
 
-figure = "report"  # 'report' | 'loss' | 'gains' | 'maps'
+figure = "report"  # 'report' | 'loss' | 'gains' | 'maps'; 'roofline': of the gpu.json that `make gpu` leaves
 out = "report.png"  # where the picture goes; the ending chooses the format
 smooth = 0.02  # the loss gap is a running mean over this fraction of the steps
 
@@ -267,20 +282,101 @@ def draw(runs):
     return fig
 
 
+def draw_runs(folders):
+    if figure == "roofline":
+        fail(f"figure='roofline': wanted one gpu.json, got {len(folders)} files or folders")
+    runs = [Run(folder) for folder in folders]
+    print_table(runs)
+    return draw(runs)
+
+
+# -- what `make gpu` has measured --------------------------------------------------------------------------------------
+
+BOUNDARY = {"what": string(), "way": string(), "tokens": number(1), "ms": number(0), "GB_s": number(1e-9),
+            "TFLOP_s": number(1e-9)}  # fmt: skip
+WAYS = {"forward": "o", "forward + backward": "s"}  # and their markers
+
+
+def of_kind(records, kind):
+    """Those of a stage's records that have these fields."""
+    for record in records:
+        try:
+            yield check(record, kind, "")
+        except RecordError:
+            continue
+
+
+def read_gpu(path):
+    """gpu.json -> the card, the measured roofs (GB/s, TFLOP/s), the timed boundaries. Ends the program without them."""
+    try:
+        stages = read_json(path, GPU_REPORT)["stages"]
+    except RecordError as e:
+        fail(f"{e}; wanted the gpu.json that `make gpu` leaves")
+    records = {name: stage["records"] for name, stage in stages.items()}
+    roofs = records.get("ceilings", [])
+    copies = [r["GB_s"] for r in of_kind(roofs, {"what": same("copy"), "GB_s": number(1e-9)})]
+    products = [r["TFLOP_s"] for r in of_kind(roofs, {"what": same("GEMM"), "TFLOP_s": number(1e-9)})]
+    timed = list(of_kind(records.get("kernels", []), BOUNDARY))
+    if not (copies and products and timed):
+        fail(f"{path}: wanted numbers of the stages ceilings and kernels, which are not in it: run `make gpu` again")
+    card = next((r["card"] for r in of_kind(records.get("versions", []), {"card": string()})), "unknown card")
+    return printable(card), max(copies), max(products), timed
+
+
+def draw_roofline(path):
+    """A boundary under the roofs that were measured beside it, and its share of the bandwidth by tokens."""
+    card, bandwidth, peak, timed = read_gpu(path)
+    names = list(dict.fromkeys(r["what"] for r in timed))
+    fixed = {"mHC": COLORS["mhc"], "HC": COLORS["hc"]}
+    others = [name for name in names if name not in fixed]
+    colors = fixed | {name: OTHER_COLORS[i % len(OTHER_COLORS)] for i, name in enumerate(others)}
+    fig = plt.figure(figsize=(12, 4.4), layout="constrained")
+    roof, share = fig.subplots(1, 2)
+    draw_roofs(roof, bandwidth, peak)
+    for name in names:
+        for way, marker in WAYS.items():
+            mine = sorted((r for r in timed if (r["what"], r["way"]) == (name, way)), key=lambda r: r["tokens"])
+            if not mine:
+                continue
+            style = {"color": colors[name], "marker": marker, "label": printable(f"{name}, {way}"), "markersize": 4}
+            speed = [r["TFLOP_s"] for r in mine]
+            roof.plot([1e3 * r["TFLOP_s"] / r["GB_s"] for r in mine], speed, linestyle="", **style)
+            style["linestyle"] = "-" if way == "forward" else "--"
+            share.plot([r["tokens"] for r in mine], [r["GB_s"] / bandwidth for r in mine], linewidth=1, **style)
+    label(roof, f"{card}: a boundary under the measured roofs", "FLOP per byte", "TFLOP/s")
+    share.set_xscale("log", base=2)
+    share.set_ylim(bottom=0)
+    label(share, "share of the bandwidth that a copy reaches (a rival: had it moved our bytes)", "tokens", "")
+    print(f"{card}: a copy {bandwidth:.0f} GB/s, products {peak:.0f} TFLOP/s, {len(timed)} times of a boundary")
+    return fig
+
+
+def draw_roofs(ax, bandwidth, peak):
+    """min(bandwidth * intensity, peak), on both sides of the ridge. bandwidth in GB/s, peak in TFLOP/s."""
+    ridge = 1e3 * peak / bandwidth  # FLOP per byte
+    intensity = np.array([1, ridge, 10 * ridge])
+    ax.plot(intensity, np.minimum(bandwidth * intensity / 1e3, peak), color="black", linewidth=1)
+    ax.annotate(f"copy {bandwidth:.0f} GB/s", (1, bandwidth / 1e3), fontsize=8, va="bottom")
+    ax.annotate(f"bf16 products {peak:.0f} TFLOP/s", (ridge, peak), fontsize=8, va="bottom")
+    ax.set(xscale="log", yscale="log")
+
+
 def main():
     folders = [a for a in sys.argv[1:] if not a.startswith("-") and not a.endswith(".py")]
     configure(
         globals(),
-        {"figure": one_of("report", "loss", "gains", "maps"), "smooth": between(0, 1), "out": some("a file")},
+        {
+            "figure": one_of("report", "loss", "gains", "maps", "roofline"),
+            "smooth": between(0, 1),
+            "out": some("a file"),
+        },
         [a for a in sys.argv[1:] if a not in folders],
     )
     if not folders:
         fail("wanted run folders: python figures.py out/demo/baseline out/demo/hc out/demo/mhc")
     ending = check_out()
-    runs = [Run(folder) for folder in folders]
-    print_table(runs)
+    fig = draw_roofline(*folders) if figure == "roofline" and len(folders) == 1 else draw_runs(folders)
     about = {"metadata": {ABOUT[ending]: MARK.decode()}} if ending in ABOUT else {}
-    fig = draw(runs)
     try:
         with owned.whole_file(out, is_ours, binary=True) as f:
             fig.savefig(f, format=ending[1:], dpi=140, **about)

@@ -2,6 +2,7 @@
 
     python3 tools/gpu_hour.py                             # all stages; the numbers go to gpu.json
     python3 tools/gpu_hour.py --stages=versions,kernels --out=other.json
+    python figures.py gpu.json --figure=roofline          # draws them
 
 Runs under the machine's own python3: torch, Triton and numpy are all it imports, beside what lies in this repository.
 
