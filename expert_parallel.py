@@ -105,8 +105,10 @@ class GradientTimes(torch.autograd.Function):
         return g * ctx.factor, None
 
 
-def check(config, expert_size, world, parallel, shard_size):
-    """Raise ValueError, naming the rule, for a number of ranks that cannot share the experts of this GPTConfig."""
+def check(config, expert_size, world, parallel, shard_size, node=0):
+    """Raise ValueError, naming the rule, for a number of ranks that cannot share the experts of this GPTConfig.
+
+    node: processes of a node (LOCAL_WORLD_SIZE); 0: not known."""
     P = expert_size
     if P == 1:
         return
@@ -115,6 +117,9 @@ def check(config, expert_size, world, parallel, shard_size):
                          f"got parallel={parallel!r}, shard_size={shard_size}")  # fmt: skip
     if world % P:
         raise ValueError(f"expert_size={P} does not divide the {world} processes")
+    if node % P:
+        raise ValueError(f"expert_size={P}: wanted a divisor of the {node} processes of a node: every layer's tokens go to "
+                         "their experts and back, which is for the links inside a node")  # fmt: skip
     if not config.has_moe or config.n_routed_experts % P:
         raise ValueError(f"expert_size={P} does not divide n_routed_experts={config.n_routed_experts}, which it cuts")
     for name in ("moe_intermediate_size", "n_embd"):

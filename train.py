@@ -190,7 +190,8 @@ def check(settings):
     world, on = int(os.environ.get("WORLD_SIZE", 1)), resolve_device(device)
     check_layout(parallel, world, shard_size)
     pipeline.check(config, settings, world)
-    expert_parallel.check(config, expert_size, world // pipeline_size, parallel, shard_size)
+    node = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    expert_parallel.check(config, expert_size, world // pipeline_size, parallel, shard_size, node)
     check_batch(batch_size, micro_batch_size or 1, world // pipeline_size)
     if reduce_dtype != "float32" and parallel != "fsdp":
         raise ValueError(f"reduce_dtype={reduce_dtype!r}: only parallel='fsdp' reduces in it; wanted 'float32'")

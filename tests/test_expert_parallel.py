@@ -96,6 +96,13 @@ def test_layouts_that_cannot_be_name_the_rule(P, world, parallel, shard_size, wo
         expert_parallel.check(CONFIG, P, world, parallel, shard_size)
 
 
+def test_the_ranks_that_exchange_tokens_are_of_one_node():
+    expert_parallel.check(CONFIG, 2, 8, "fsdp", 0, node=4)
+    for node in (3, 1):
+        with pytest.raises(ValueError, match=f"expert_size=2: wanted a divisor of the {node} processes of a node"):
+            expert_parallel.check(CONFIG, 2, 12, "fsdp", 0, node=node)
+
+
 def test_how_uneven_a_load_is():
     load = torch.tensor([[4, 0, 0, 0], [1, 1, 1, 1]])
     assert uneven(load, 4) == 4 and uneven(load, 2) == 2 and uneven(load[1:], 4) == 1 and uneven(load[:0], 4) is None
