@@ -346,7 +346,7 @@ def draw_roofline(path):
     label(roof, f"{card}: a boundary under the measured roofs", "FLOP per byte", "TFLOP/s")
     share.set_xscale("log", base=2)
     share.set_ylim(bottom=0)
-    label(share, "share of the bandwidth that a copy reaches (a rival: had it moved our bytes)", "tokens", "")
+    label(share, "bandwidth, as a share of a copy's (all: of our kernels' bytes)", "tokens", "")
     print(f"{card}: a copy {bandwidth:.0f} GB/s, products {peak:.0f} TFLOP/s, {len(timed)} times of a boundary")
     return fig
 
