@@ -118,8 +118,8 @@ def check(config, expert_size, world, parallel, shard_size, node=0):
     if world % P:
         raise ValueError(f"expert_size={P} does not divide the {world} processes")
     if node % P:
-        raise ValueError(f"expert_size={P}: wanted a divisor of the {node} processes of a node: every layer's tokens go to "
-                         "their experts and back, which is for the links inside a node")  # fmt: skip
+        raise ValueError(f"expert_size={P}: wanted a divisor of the {node} processes of a node: tokens go to experts "
+                         "and back in every layer, which is for the links inside a node")  # fmt: skip
     if not config.has_moe or config.n_routed_experts % P:
         raise ValueError(f"expert_size={P} does not divide n_routed_experts={config.n_routed_experts}, which it cuts")
     for name in ("moe_intermediate_size", "n_embd"):

@@ -42,13 +42,15 @@ def resume_point(out_dir):
     checkpoints and none can be used, or if the folder is not ours; then nothing is changed.
     """
 
-    def clean():
+    def take():
         if not records.is_utf8(out_dir):  # it could be written, and never read again
             raise CheckpointError(f"{out_dir!a}: wanted a name in UTF-8: safetensors reads no others", 2)
         owned.make(out_dir, "run", looks_like_a_run)
         lock(out_dir)
         for name in OVERWRITTEN:
             owned.check_file(os.path.join(out_dir, name))
+
+    def clear_away():
         for name in names_of(out_dir):
             path = os.path.join(out_dir, name)
             if re.fullmatch(r"\.tmp-(old-)?step-\d{8,}", name) and owned.is_folder(path):
@@ -57,7 +59,7 @@ def resume_point(out_dir):
     def set_aside(folder):
         os.rename(folder, free_name(os.path.join(out_dir, "broken-" + os.path.basename(folder))))
 
-    on_rank_0(clean)
+    on_rank_0(take)
     folder, broken = usable(out_dir)
     before = [n for n in on_rank_0(lambda: names_of(out_dir)) if re.fullmatch(r"broken-step-\d{8,}(-\d+)?", n)]
     if folder is None and before:
@@ -66,6 +68,7 @@ def resume_point(out_dir):
             "anew with --init_from=scratch, which moves all of it aside",
             2,
         )
+    on_rank_0(clear_away)
     on_rank_0(lambda: [set_aside(f) for f in broken])
     return folder
 

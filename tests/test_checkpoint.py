@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import mhc
+import owned
 import run_folder
 from checkpoint import CheckpointError
 from model import GPT, GPTConfig
@@ -386,10 +387,15 @@ def test_an_io_error_is_not_damage(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(hashlib, "file_digest", fail)
-    with pytest.raises(CheckpointError, match="Input/output error.*is not known, and nothing was changed") as e:
-        run_folder.resume_point(str(tmp_path))
+    killed = tmp_path / ".tmp-step-00000003"
+    owned.make(str(killed), "step")
+    with monkeypatch.context() as patch:
+        patch.setattr(hashlib, "file_digest", fail)
+        with pytest.raises(CheckpointError, match="Input/output error.*is not known, and nothing was changed") as e:
+            run_folder.resume_point(str(tmp_path))
     assert e.value.code == 2 and steps(tmp_path) == [1, 2]
+    assert killed.exists()  # what a killed save has left is changed no more than the rest
+    assert run_folder.resume_point(str(tmp_path)) and not killed.exists()
 
 
 def test_no_checkpoint_of_several_can_be_used(tmp_path):
