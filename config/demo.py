@@ -24,7 +24,7 @@ lr_schedule = "cosine"
 eval_interval = 50
 eval_sequences = 64
 # alpha and b of HC's and mHC's maps learn 100 times as fast as all else. Adam moves them by about lr * steps: 0.3 in
-# these 200 steps at the common rate, 10 to 20 in the paper's 50,000. At the common rate HC's gain stays below 300, which
+# these 200 steps at the common rate, 10 to 20 in the paper's 50,000. At the common rate HC's gain stays below 300: it
 # harms nothing, and mHC's logits, behind sigmoids and Sinkhorn, hardly move. Raised for both alike, the demo shows in
 # minutes what the paper is about. The paper's own configs keep 1. REPORT.md has the rates tried, over seeds.
 maps_lr_scale = 100
