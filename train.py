@@ -117,9 +117,7 @@ pipeline_overlap = False  # dualpipev: while one micro-batch's tokens are on the
 expert_size = 1  # fsdp: processes that share the routed experts, as a rule those of one node: see expert_parallel.py
 shard_size = 0  # fsdp: processes that share one copy of the weights; 0: all. As a rule those of one node
 reduce_always = False  # reduce gradients after every micro-batch, not the last alone: fsdp then keeps only shards
-reduce_dtype = (
-    "float32"  # fsdp: of gradients on their way; 'bfloat16' halves them, but for the mappings', gates', norms'
-)
+reduce_dtype = "float32"  # fsdp: of gradients on their way; 'bfloat16': half the bytes, mappings, gates, norms aside
 rank_timeout = 600.0  # seconds after which a process that does not answer ends the run
 recompute = "none"  # 'mhc': replay the mappings in the backward (Table 3) | 'full': the sublayers too
 recompute_block = -1  # sublayers between two kept x; -1: L_r* of Eq 20

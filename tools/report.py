@@ -89,11 +89,9 @@ def rates_section(rows):
                 row = [NAMES[kind], f"× {scale}", len(loss), mean_se(loss.values()), paired(loss, base)]
                 lines.append([*row, span(gains.values()), f"{broke} of {len(gains)}"])
     header = ["", "rate of α, b", "seeds", "val. loss", "less the baseline's", "peak gain", f"gain above {BROKEN:.0e}"]
-    text = f"Baseline: {mean_se(base.values())} ({len(base)} seeds). `config/demo.py`: 1.2M parameters, 20 sublayers, "
-    text += (
-        "200 steps, 410k tokens. `maps_lr_scale` multiplies the rate of α and b of the maps and nothing else; the peak "
-    )
-    text += (
+    text = (
+        f"Baseline: {mean_se(base.values())} ({len(base)} seeds). `config/demo.py`: 1.2M parameters, 20 sublayers, 200 "
+        "steps, 410k tokens. `maps_lr_scale` multiplies the rate of α and b of the maps and nothing else; the peak "
         "gain is the largest composite gain, forward or backward, at any depth at any of five looks over training.\n\n"
     )
     return text + table(header, lines) + f"\n\n{rates_findings(rows)}\n\n![rates]({os.path.join(assets, 'rates.png')})"
