@@ -81,7 +81,9 @@ def demo():
 
 
 # 0.32M, 0.62M and 1.2M parameters, and tokens in proportion to the active ones: 123k, 215k, 410k
-SIZES = grid(n_layer=4, n_embd=32, max_steps=60) + grid(n_layer=6, n_embd=48, max_steps=105) + grid(n_layer=10)
+SMALL, MIDDLE = {"n_layer": 4, "n_embd": 32, "max_steps": 60}, {"n_layer": 6, "n_embd": 48, "max_steps": 105}
+LARGE = {"n_layer": 10}  # the demo's
+SIZES = [SMALL, MIDDLE, LARGE]
 KINDS = [
     {"residual": "baseline"},
     {"residual": "hc"},
@@ -114,20 +116,26 @@ def sizes():
     return cells
 
 
+HC_AND_MHC = grid(residual="hc") + grid(residual="mhc", maps_init=["home", "paper"])
+
+
 def decides():
-    """What decides HC against mHC, beside the rate and the start of `rates`: length, depth, alpha."""
-    kinds = grid(residual="hc") + grid(residual="mhc", maps_init=["home", "paper"])
-    how = grid(max_steps=800) + grid(n_layer=20) + grid(alpha_init=[0.1, 1.0])
-    cells = [h | k | {"maps_lr_scale": scale} for h in how for scale in (1, 100) for k in kinds]
-    baselines = [h | {"residual": "baseline"} for h in how[:2]]  # alpha is nothing to it
+    """What decides HC against mHC, beside the rate and the start of `rates`: length, alpha (and `depth`)."""
+    kinds, lengths = HC_AND_MHC[:2], [MIDDLE, MIDDLE | {"max_steps": 4 * MIDDLE["max_steps"]}]
+    cells = [length | k | {"maps_lr_scale": scale} for length in lengths for scale in (1, 100) for k in kinds]
+    cells += [MIDDLE | alpha | k | {"maps_lr_scale": 1} for alpha in grid(alpha_init=[0.1, 1.0]) for k in kinds]
+    baselines = [length | {"residual": "baseline"} for length in lengths]  # alpha is nothing to it
     return [cell | {"seed": seed} for cell in baselines + cells for seed in SEEDS]
 
 
 def depth():
     """8 to 96 sublayers, at the paper's rate and one at which HC is in trouble."""
-    kinds = grid(residual="hc") + grid(residual="mhc", maps_init=["home", "paper"])
+    thin = {"n_embd": 32, "max_steps": 40}
     return [
-        {"n_layer": n} | k | c for n in (4, 12, 24, 48) for c in grid(maps_lr_scale=[1, 100], seed=SEEDS) for k in kinds
+        thin | {"n_layer": n} | k | c
+        for n in (4, 12, 24, 48)
+        for c in grid(maps_lr_scale=[1, 100], seed=SEEDS)
+        for k in HC_AND_MHC
     ]
 
 
@@ -135,8 +143,8 @@ def ablation():
     """Table 1: a map that is not learned is fixed to 1/n, ones or I."""
     hc = grid(residual="hc", learned_maps=["res", "pre,res", "pre,post,res"])  # the paper's rows
     mhc = grid(residual="mhc", learned_maps=["post", "post,res", "pre,post", "pre,post,res"])  # without post none acts
-    cells = [kind | rate for rate in grid(maps_lr_scale=[1, 30], seed=SEEDS) for kind in hc + mhc]
-    return grid(residual="baseline", seed=SEEDS) + cells
+    cells = [MIDDLE | kind | rate for rate in grid(maps_lr_scale=[1, 100], seed=SEEDS) for kind in hc + mhc]
+    return [MIDDLE | cell for cell in grid(residual="baseline", seed=SEEDS)] + cells
 
 
 def choices():
@@ -144,7 +152,7 @@ def choices():
     manifolds = ["sinkhorn", "identity", "permutations", "kronecker", "orthostochastic", "budget"]
     changes = grid(manifold=manifolds) + grid(single_pass=True) + grid(collapse="head")
     changes += grid(n_streams=[1, 2, 8]) + grid(sinkhorn_iters=[1, 3, 50])
-    return [{"residual": "mhc", "maps_lr_scale": 100} | c | {"seed": seed} for c in changes for seed in SEEDS]
+    return [MIDDLE | {"residual": "mhc", "maps_lr_scale": 100} | c | {"seed": seed} for c in changes for seed in SEEDS]
 
 
 def memory():

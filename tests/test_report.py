@@ -178,7 +178,7 @@ def test_what_decides_depth_ablation_and_choices_are_paired_by_seed(place):
     loss = lambda c: 5 + 0.1 * c["seed"] - {"hc": 0.3, "mhc": 0.2, "baseline": 0}[c["residual"]]  # noqa: E731
     cells = experiments.decides()
     page = section(place, "decides", rows_of(cells, loss, gain_peak=lambda c: 1e9 if c["residual"] == "hc" else 1))
-    assert "| max_steps=800 | × 100 | 5 | −0.100 ± 0.000 | −0.100 ± 0.000 | 1e+09 |" in page
+    assert "| max_steps=420 | × 100 | 5 | −0.100 ± 0.000 | – | 1e+09 |" in page
     page = section(place, "depth", rows_of(experiments.depth(), loss, composite="0.25 0.25 0.25 0.25"))
     assert "composite from 1/n" in page and "| 0.25 |" in page  # 2 × 2 of a quarter: a quarter off one half
     assert (place / "assets" / "depth.png").stat().st_size > 10_000

@@ -20,19 +20,22 @@ BASELINE = {"residual": "baseline"}
 COLORS = ("#777777", "#d55e00", "#0072b2", "#009e73", "#cc79a7")
 
 
+def varying(rows):
+    """The settings that are not the same in all rows."""
+    return [k for k in VARYING if len({row.get(k) or "" for row in rows.values()}) > 1]
+
+
 def groups(rows):
-    """{settings without the seed, as a tuple of pairs: {seed: row}}, in the order of the rows."""
-    found = {}
+    """{settings that vary, without the seed, as a tuple of pairs: {seed: row}}, in the order of the rows."""
+    found, names = {}, varying(rows)
     for row in rows.values():
-        found.setdefault(tuple((k, row[k]) for k in VARYING if row.get(k)), {})[int(row["seed"])] = row
+        found.setdefault(tuple((k, row[k]) for k in names if row.get(k)), {})[int(row["seed"])] = row
     return found
 
 
 def grid_table(rows, more=()):
     """One line for each combination of settings, over its seeds. more: (header, function of {seed: row}) pairs."""
-    found = groups(rows)
-    columns = [k for k in VARYING if any(k in dict(g) for g in found)]
-    lines = []
+    found, columns, lines = groups(rows), varying(rows), []
     for group, some in found.items():
         gains = [float(r["gain_peak"] or "nan") for r in some.values()]
         peak = "–" if any(map(math.isnan, gains)) else span(gains)
@@ -43,8 +46,8 @@ def grid_table(rows, more=()):
 
 
 def exactly(rows, **settings):
-    """{seed: row} of the rows that have these settings and no others."""
-    return pick(rows, **dict.fromkeys(VARYING, "") | settings)
+    """{seed: row} of the rows that have these settings, and of those that vary no others."""
+    return pick(rows, **dict.fromkeys(varying(rows), "") | settings)
 
 
 def loss_of(rows, **settings):
@@ -153,9 +156,9 @@ PAIRS = (("HC", {"residual": "hc"}), ("mHC, 'home'", {"residual": "mhc", "maps_i
 
 
 def decides(rows):
-    """HC less mHC at each length, depth and alpha, and the gain that HC's streams had by then."""
+    """HC less mHC at each length and alpha, and the gain that HC's streams had by then."""
     lines = []
-    changes = dict.fromkeys(tuple((k, r[k]) for k in ("max_steps", "n_layer", "alpha_init") if r.get(k))
+    changes = dict.fromkeys(tuple((k, r[k]) for k in ("max_steps", "alpha_init") if r.get(k))
                             for r in rows.values())  # fmt: skip
     for change in changes:
         for scale in dict.fromkeys(r["maps_lr_scale"] for r in rows.values() if r["maps_lr_scale"]):
