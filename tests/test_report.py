@@ -2,11 +2,12 @@
 
 import math
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 
 import experiments
-from tools import report, rows
+from tools import rates, report, rows, verdicts
 from tools.rows import power_law
 
 
@@ -88,7 +89,7 @@ def test_a_page_from_rows(place):
 def test_kinds_are_compared_at_their_best_rates_once_three_have_been_tried(place):
     def findings(losses):
         experiments.write_rows(str(place / "rates.csv"), rows_with(losses, GAINS))
-        return report.rates_findings(experiments.read_rows(str(place / "rates.csv")))
+        return rates.findings(experiments.read_rows(str(place / "rates.csv")))
 
     more = {("hc", 30): [v + 0.3 for v in LOSSES["hc", 1]], ("home", 30): [v - 0.2 for v in LOSSES["home", 1][:4]]}
     assert "best rate" not in findings(LOSSES | more)  # of HC three, of mHC two and one without its fifth seed
@@ -98,8 +99,8 @@ def test_kinds_are_compared_at_their_best_rates_once_three_have_been_tried(place
 
 
 def test_fewer_than_five_seeds_are_no_verdict_and_no_rows_no_number(place, monkeypatch):
-    for name in ("draw_rates", "draw_demo"):
-        monkeypatch.setattr(report, name, lambda rows: None)
+    monkeypatch.setattr(report, "draw_demo", lambda rows: None)
+    monkeypatch.setattr(rates, "draw", lambda rows: plt.figure())
     fewer = {k: v[:3] for k, v in LOSSES.items()}
     experiments.write_rows(str(place / "results" / "rates.csv"), rows_with(fewer, GAINS))
     report.main()
@@ -195,9 +196,8 @@ def test_the_block_length_with_the_smallest_peak_is_held_against_the_formula(pla
         shared = {"commit": "c", "saved": 100, "table_3": 76, "best_L_r": 6}
         return {(n := experiments.name_of(c)): {"cell": n, **c, **shared, "peak": peaks[c["L_r"]]} for c in cells}
 
-    page, said = section(place, "memory", rows_at({4: 210, 6: 198, 7: 199})), []
+    page = section(place, "memory", rows_at({4: 210, 6: 198, 7: 199}))
     assert "| 60 | mhc | 6 | 100 | 198 | 76 |" in page and "peak is at L_r = 6, Eq 20's L_r* is 6." in page
-    report.claim_of_memory(lambda *a, **k: said.append(k["verdict"]))
-    section(place, "memory", rows_at({4: 1, 6: 198}))
-    report.claim_of_memory(lambda *a, **k: said.append(k["verdict"]))
-    assert said == ["reproduced", "not reproduced"]
+    found = lambda peaks: verdicts.of_memory(section(place, "memory", rows_at(peaks)) and report.read("memory"))  # noqa: E731
+    assert found({4: 210, 6: 198, 7: 199})[0][-1] == found({4: 1e3, 5: 1})[0][-1] == "reproduced"
+    assert found({4: 1, 6: 198})[0][-1] == "not reproduced"
