@@ -1,8 +1,9 @@
 """Weights that come and go: Hugging Face's DeepseekV3ForCausalLM, DeepSeek-V4's hyper-connections, more streams.
 
-    python convert.py out/run folder --to=hf                  # a baseline as a folder that from_pretrained opens
-    python convert.py folder out/run --from=hf                # the other way
-    python convert.py out/baseline out/mhc --residual=mhc     # upcycling: more streams, the same function
+    python convert.py out/run folder --to=hf                       # a baseline as a folder that from_pretrained opens
+    python convert.py folder out/run --from=hf                     # the other way
+    python convert.py out/baseline out/mhc --residual=mhc          # upcycling: more streams, the same function
+    python convert.py out/baseline out/again --residual=baseline   # its weights alone, in a run of 0 steps
     python convert.py folder out/mhc --from=hf --residual=mhc --n_streams=4
 
 out/run is a run folder (its newest whole checkpoint) or one step folder. What comes in becomes a run of 0 steps, with a
@@ -47,7 +48,7 @@ from tokenizer import ENDOFTEXT, load_tokenizer
 
 to = ""  # 'hf': write a Hugging Face folder
 from_ = ""  # 'hf', given as --from=hf: read a Hugging Face folder
-residual = ""  # of the model that is written: 'hc' | 'mhc', from a baseline; "": as it is
+residual = ""  # of the model that is written: 'hc' | 'mhc', from a baseline; 'baseline', "": as it is
 n_streams = 4  # with residual: n
 manifold = "sinkhorn"  # with residual='mhc': see manifolds.py
 sinkhorn_iters = 20  # with residual='mhc'
@@ -63,7 +64,7 @@ overwrite = False  # replace the folder that is there, if it is one of ours
 RULES = {
     "to": one_of("", "hf"),
     "from_": one_of("", "hf"),
-    "residual": one_of("", *(name for name, kind in RESIDUALS.items() if not kind.one_stream)),
+    "residual": one_of("", *RESIDUALS),
     "manifold": one_of(*MANIFOLDS),
     "collapse": one_of("sum", "head"),
     "dtype": one_of("float32", "bfloat16"),
@@ -515,7 +516,7 @@ def write_run(weights, config, target, corpus):
     """A baseline -> a run of 0 steps, with the streams that the settings ask for."""
     model = GPT(config)
     model.load_state_dict(weights)
-    if residual:
+    if residual not in ("", "baseline"):
         changes = {"residual": residual, "n_streams": n_streams, "manifold": manifold, "sinkhorn_iters": sinkhorn_iters}
         changes |= {"alpha_init": alpha_init, "collapse": collapse, "single_pass": single_pass, "maps_init": "paper"}
         try:

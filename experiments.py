@@ -17,6 +17,7 @@ import program
 if __name__ == "__main__":
     program.begin()  # before torch, and before anything that takes long to import
 
+import collections
 import csv
 import fcntl
 import itertools
@@ -176,6 +177,37 @@ def measure_memory(config, cell, folder):
             "table_3": cost, "best_L_r": recompute.best_block(cell["sublayers"], model.config.n_streams)}  # fmt: skip
 
 
+def upcycling():
+    """A trained baseline continued for as many tokens again: as it is, and with more streams."""
+    kinds = grid(residual="baseline") + grid(residual="mhc", maps_lr_scale=[100, 1])
+    return [MIDDLE | kind | {"seed": s} for kind in kinds + grid(residual="hc", maps_lr_scale=[1, 10]) for s in SEEDS]
+
+
+parents = collections.defaultdict(threading.Lock)  # {folder: who trains it}
+
+
+def continue_baseline(config, cell, folder):
+    """-> the row of a cell of `upcycling`, None if it was stopped.
+
+    All that a seed continues begin at the weights of one baseline, with a new optimizer, the same schedule from its
+    start, and the same data: those of another seed than its own, so that they are not what it has just seen."""
+    parent = os.path.join(os.path.dirname(folder), f"{PARENT}seed={cell['seed']}")
+    with parents[parent]:
+        baseline = {k: v for k, v in cell.items() if k != "maps_lr_scale"} | {"residual": "baseline"}
+        if run_cell(config, baseline, parent) is None:
+            return None
+    claim(folder, cell)
+    if not any(name.startswith("step-") for name in os.listdir(folder)):  # nothing of it yet
+        first = os.path.join(os.path.dirname(folder), f"start,{os.path.basename(folder)}")
+        flags = [f"--residual={cell['residual']}", f"--seed={cell['seed']}", "--overwrite=True"]
+        if call(["convert.py", parent, first, *flags], cell, folder) is None:
+            return None
+        os.rename(os.path.join(first, START), os.path.join(folder, START))  # at once: with all of it, or not at all
+        owned.remove(first, "run")
+    as_converted = {"n_streams": 1} if cell["residual"] == "baseline" else {"maps_init": "paper"}
+    return run_cell(config, cell, folder, seed=cell["seed"] + 1000, **as_converted)
+
+
 class Experiment(NamedTuple):
     question: str
     cells: Callable  # -> a list of dicts, in the order they are run
@@ -193,11 +225,13 @@ EXPERIMENTS = {
     "depth": Experiment("Figs 2, 3, 7, 8: what do the gains do over depth, and does mHC live where HC dies?", depth),
     "ablation": Experiment("Table 1: which of the maps brings the gain?", ablation),
     "choices": Experiment("What do the choices that the paper leaves open cost or bring?", choices),
+    "upcycling": Experiment(
+        "Is a trained baseline better continued with more streams?", upcycling, row=continue_baseline
+    ),
     "memory": Experiment("Table 3: what is kept, and is L_r* the best?", memory, row=measure_memory),
 }
 ELSEWHERE = {  # not a grid of short runs
     "overhead": "python tools/bench.py cpu --rounds=15",
-    "upcycling": "python convert.py RUN OUT --residual=mhc",
     "downstream": "python experiments.py sizes --keep=True; python eval.py RUN RUN --tasks=all",
 }
 QUICK = dict(max_steps=10, warmup_steps=2, eval_interval=10, eval_sequences=8)
@@ -331,6 +365,8 @@ def gains_of(evals, folder):
 # -- running ----------------------------------------------------------------------------------------------------------
 
 MARK = "made-by-experiments.json"  # in a run folder: ours, and so ours to remove
+START = "step-00000000"  # what convert.py leaves in a run folder
+PARENT = "parent,"  # begins the name of a run folder that several cells share
 running, stopping = set(), threading.Event()
 
 
@@ -350,16 +386,15 @@ def claim(folder, cell):
     write_json(mark, cell)
 
 
-def run_cell(config, cell, folder):
-    """train.py on one cell. -> its row, None if it was stopped. Raises RuntimeError with the way out if it failed."""
-    claim(folder, cell)
-    settings = cell | (QUICK if quick else {})
-    flags = [f"--{k}={v}" for k, v in settings.items()]
+def call(command, cell, folder):
+    """One of our programs, told in log.txt. -> its last line, None if it was stopped.
+
+    Raises RuntimeError with the way out if it failed; a loss that is no longer finite is no failure."""
     here, log = os.path.dirname(os.path.abspath(__file__)), os.path.join(folder, "log.txt")
-    command = [sys.executable, os.path.join(here, "train.py"), config, f"--out_dir={folder}", *flags]
     env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     with open(log, "a") as out:
-        process = subprocess.Popen([*command, "--checkpoint_interval=1000000000"], stdout=out, stderr=out, env=env)
+        command = [sys.executable, os.path.join(here, command[0]), *command[1:]]
+        process = subprocess.Popen(command, stdout=out, stderr=out, env=env)
         running.add(process)
         if stopping.is_set():
             process.send_signal(signal.SIGTERM)
@@ -367,14 +402,22 @@ def run_cell(config, cell, folder):
         running.discard(process)
     with open(log) as f:
         last = (f.read().strip().splitlines() or [""])[-1]
-    broke = "were not finite" in last
-    if code and stopping.is_set() and not broke:
+    if "were not finite" in last:
+        return last
+    if code and stopping.is_set():
         return None  # asked to stop when it was not in its loop yet, or no more
-    if code and not broke:
-        raise RuntimeError(f"{name_of(cell)}: train.py ended with {code}: {last} ({log}); mend it and run this again")
-    if not broke and "stopped by a signal" in last:
-        return None
-    return measure(cell, folder)
+    if code:
+        name = os.path.basename(command[1])
+        raise RuntimeError(f"{name_of(cell)}: {name} ended with {code}: {last} ({log}); mend it and run this again")
+    return None if "stopped by a signal" in last else last
+
+
+def run_cell(config, cell, folder, **also):
+    """train.py on one cell, and settings beside it. -> its row, None if it was stopped. Raises RuntimeError."""
+    claim(folder, cell)
+    flags = [f"--{k}={v}" for k, v in (cell | also | (QUICK if quick else {})).items()]
+    command = ["train.py", config, f"--out_dir={folder}", *flags, "--checkpoint_interval=1000000000"]
+    return None if call(command, cell, folder) is None else measure(cell, folder)
 
 
 def run(experiment):
@@ -411,7 +454,17 @@ def run(experiment):
 
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(work, todo, todo.values()))
+    if not keep and all(name in rows for name in cells):
+        remove_parents(os.path.join(runs, place, file))
     return len(failed)
+
+
+def remove_parents(place):
+    """The runs that cells have shared, once all of them have rows."""
+    for name in os.listdir(place) if os.path.isdir(place) else ():
+        folder = os.path.join(place, name)
+        if name.startswith(PARENT) and os.path.exists(os.path.join(folder, MARK)):
+            owned.remove(folder, "run")
 
 
 def hold(experiment):

@@ -131,3 +131,27 @@ def test_a_cell_that_is_no_run_has_its_own_row(table, monkeypatch):
     kept = [float(row["saved"]) for row in rows.values()]
     assert kept[0] > kept[1] > 8 and [row["table_3"] for row in rows.values()] == ["28", "32"]  # 4 x 8/L_r + 6 L_r
     assert "val_loss" not in rows["sublayers=8,recompute=mhc,L_r=2"]
+
+
+def test_one_baseline_is_continued_as_itself_and_with_more_streams_from_the_same_loss_and_then_removed(
+    table, monkeypatch
+):
+    cells = lambda: experiments.grid(residual=["baseline", "mhc"], seed=2)  # noqa: E731
+    upcycling = experiments.Experiment("?", cells, str(table.parents[2] / "tiny.py"), row=experiments.continue_baseline)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", upcycling)
+    table.unlink(missing_ok=True)
+    parent, ends = table.parent / "tiny" / "parent,seed=2", []
+    remove = experiments.remove_parents
+
+    def look_and_remove(place):
+        ends.append(experiments.records_of(parent)[1][-1]["val_loss"])
+        remove(place)
+
+    monkeypatch.setattr(experiments, "remove_parents", look_and_remove)
+    assert experiments.run("tiny") == 0
+    rows = experiments.read_rows(table)
+    curves = [list(map(float, row["val_curve"].split())) for row in rows.values()]
+    assert [row["steps"] for row in rows.values()] == ["10", "10"] and rows["residual=mhc,seed=2"]["gain_peak"]
+    assert [c[0] for c in curves] == [pytest.approx(ends[0], abs=6e-4)] * 2  # four digits of each
+    assert curves[0][1] != curves[1][1] and max(c[1] for c in curves) < ends[0]
+    assert not any("seed=2" in name for name in os.listdir(table.parent / "tiny"))  # neither runs nor starts

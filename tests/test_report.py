@@ -83,7 +83,7 @@ def test_a_page_from_rows(place):
     assert "HC is behind mHC in 5 of 5, behind the baseline in 4 of 5" in page  # a loss that is no number is behind
     assert board.index("mine") < board.index("maps_lr_scale=100") < board.index("| demo.py | HC, maps_lr_scale=1 ")
     assert all((place / "assets" / f"{name}.png").stat().st_size > 10_000 for name in ("rates", "demo"))
-    assert page.count("Not run yet") == 7
+    assert page.count("Not run yet") == 8
 
 
 def test_kinds_are_compared_at_their_best_rates_once_three_have_been_tried(place):
@@ -187,6 +187,10 @@ def test_what_decides_depth_ablation_and_choices_are_paired_by_seed(place):
     assert "−0.300 ± 0.000" in page and "−0.200 ± 0.000" in page and "0.000 ± 0.000" in page
     worse = rows_of(experiments.choices(), lambda c: loss(c) + 0.05 * (c.get("manifold", "sinkhorn") != "sinkhorn"))
     assert section(place, "choices", worse).count("0.050 ± 0.000") == 5  # the other manifolds
+    start = {"val_curve": "6.0 5.5"}
+    page = section(place, "upcycling", rows_of(experiments.upcycling(), loss, **start))
+    assert "| HC × 10 | 5 | 6.000 ± 0.000 | " in page and "starts are at most 0e+00 apart" in page
+    assert "−0.300 ± 0.000" in page and (place / "assets" / "upcycling.png").stat().st_size > 10_000
     assert "lr" in section(place, "tune", rows_of(experiments.tune()[:4], loss))
 
 

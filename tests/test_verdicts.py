@@ -32,6 +32,7 @@ def sized(gaps, seeds=(2, 3, 4, 5, 6)):
 AHEAD = "mHC beats the baseline at three sizes, each at its best rate"
 ORDER = "mHC beats HC at three sizes, each at its best rate"
 FIG_6 = "the gap persists with compute"
+CONTINUED = "a trained baseline is better continued as mHC"
 
 
 def test_sizes_judge_the_order_at_each_size_and_the_gap_at_the_largest(judge):
@@ -104,3 +105,17 @@ def test_mHC_lives_where_HC_dies_if_a_broken_gain_costs_HC_its_lead_in_every_see
     assert judge("depth", deep({1: 100, 100: 1e5}, 1))[LIVES][2].startswith("not reproduced")
     four = [c for c in experiments.depth() if c["seed"] != 5]
     assert judge("depth", deep({1: 1, 100: 1e12}, 1, cells=four))[LIVES][2] == "open: 4 of 5 seeds"
+
+
+def test_upcycling_says_who_is_ahead_where_all_started_at_one_loss(judge):
+    def judged(gap, apart=0.001):
+        loss = lambda c: 5 + 0.01 * (c["seed"] % 10) - (c["residual"] == "mhc") * gap * (1 + 0.01 * (c["seed"] % 10))  # noqa: E731
+        curve = lambda c: f"{6.1 + (c['residual'] == 'mhc') * apart:.3f} 5.5"  # noqa: E731
+        return judge("upcycling", rows_of(experiments.upcycling(), loss, val_curve=curve))[CONTINUED]
+
+    ours, time, found = judged(0.2)
+    assert found == "ahead of the baseline, at toy size" and time == "0.4 core-minutes"
+    assert ours.startswith("less the continued baseline: mHC × 100 −0.208 ± 0.002, mHC × 1 −0.208")
+    assert "HC × 10 0.000 ± 0.000; starts at most 1e-03 apart" in ours
+    assert judged(-0.2)[2] == "behind the baseline, at toy size" and judged(0)[2].startswith("level with")
+    assert judged(0.2, apart=0.1)[2] == "open: starts differ"

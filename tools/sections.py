@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from configurator import read_file
-from experiments import DEMO, KINDS, SIZES
+from experiments import DEMO, KINDS, MIDDLE, SIZES
 from model import GPTConfig
 from tools.rows import differences, floats, mean_se, paired, pick, power_law, span, table, values
 
@@ -214,6 +214,51 @@ def choices(rows):
     return grid_table(rows, [("less mHC's", lambda some: paired(values(some, "val_loss"), home))]), None
 
 
+# -- upcycling ---------------------------------------------------------------------------------------------------------
+
+
+def starts(some):
+    """{seed: loss before the first step}."""
+    return {seed: floats(row, "val_curve")[0] for seed, row in some.items()}
+
+
+def continued(rows):
+    """{name: {seed: row}} of what the baselines were continued as."""
+    names = {"baseline": "baseline", "hc": "HC", "mhc": "mHC"}
+    scale = lambda found: f" × {found['maps_lr_scale']}" if found.get("maps_lr_scale") else ""  # noqa: E731
+    found = [(dict(group), some) for group, some in groups(rows).items()]
+    return {names[next(iter(some.values()))["residual"]] + scale(group): some for group, some in found}
+
+
+def apart_at_start(rows):
+    """The largest difference between two starts from one baseline."""
+    found = [starts(some) for some in continued(rows).values()]
+    return max(max(v) - min(v) for seed in found[0] if (v := [f[seed] for f in found if seed in f]))
+
+
+def upcycling(rows):
+    found, lines = continued(rows), []
+    base = values(found.get("baseline", {}), "val_loss")
+    for name, some in found.items():
+        loss, less = values(some, "val_loss"), paired(values(some, "val_loss"), base) if name != "baseline" else "–"
+        peak = span(values(some, "gain_peak").values()) if name != "baseline" else "–"
+        lines.append([name, len(some), *(mean_se(v.values()) for v in (starts(some), loss)), less, peak])
+    header = ["continued as", "seeds", "loss at the start", "at the end", "less the baseline's", "peak gain"]
+    text = (
+        f"A baseline ({size_name(tuple(MIDDLE.items()))}, {MIDDLE['max_steps']} steps), and as many steps again from "
+        "its weights, with a new optimizer, on the same data for all. One baseline's starts are at most "
+        f"{apart_at_start(rows):.0e} apart."
+    )
+    fig, (ax,) = chart(1)
+    for (name, some), color in zip(found.items(), COLORS, strict=False):
+        if seeds := sorted(some.keys() & found.get("baseline", {}).keys()):
+            curves = [floats(some[s], "loss_curve") - floats(found["baseline"][s], "loss_curve") for s in seeds]
+            ax.plot(floats(some[seeds[0]], "at_step"), np.mean(curves, 0), color=color, label=name)
+    ax.set(title="training loss less the continued baseline's", xlabel="step", ylabel="nats per token")
+    finish([ax])
+    return f"{text}\n\n{table(header, lines)}", fig
+
+
 # -- Table 3 -----------------------------------------------------------------------------------------------------------
 
 
@@ -234,4 +279,4 @@ def memory(rows):
     return "\n\n".join((text, table(header, lines), "\n".join(best))), None
 
 
-SECTIONS = {f.__name__: f for f in (tune, sizes, decides, depth, ablation, choices, memory)}
+SECTIONS = {f.__name__: f for f in (tune, sizes, decides, depth, ablation, choices, upcycling, memory)}
