@@ -459,13 +459,20 @@ class Log:
 
 
 def commit():
-    """What `git describe` says of this code, '-dirty' if it was changed since; None without git."""
+    """What `git describe` says of this code, '-dirty' if Python was changed since; None without git.
+
+    No other file counts: experiments.py itself adds to results/ while it runs.
+    """
     here = os.path.dirname(os.path.abspath(__file__))
+
+    def git(*command):
+        return subprocess.run(["git", *command], capture_output=True, text=True, cwd=here).stdout.strip()
+
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=here)
+        name, changed = git("describe", "--always"), git("status", "--porcelain", "--untracked-files=no", "--", "*.py")
     except OSError:  # no git on this machine
         return None
-    return git.stdout.strip() or None
+    return name + "-dirty" * bool(changed) if name else None
 
 
 def provenance(settings, train_data, val_data):

@@ -344,3 +344,18 @@ def test_a_step_that_is_not_finite_is_skipped(monkeypatch):
     norm, _ = train.optimizer_step(model, optimizer, 0, 1.0, start())
     assert math.isnan(norm) and all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     assert model.expert_load().sum() == 0 and all((g.e_score_correction_bias == 0).all() for g in model.gates())
+
+
+def test_a_changed_program_makes_a_commit_dirty_and_a_row_of_results_does_not(tmp_path, monkeypatch):
+    git = lambda *a: subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a", *a], cwd=tmp_path, check=True)  # noqa: E731
+    monkeypatch.setattr(train, "__file__", str(tmp_path / "train.py"))
+    git("init", "-q")
+    for name in ("train.py", "rates.csv"):
+        (tmp_path / name).write_text("1\n")
+    git("add", ".")
+    git("commit", "-q", "-m", "first")
+    clean = train.commit()
+    (tmp_path / "rates.csv").write_text("2\n")
+    assert train.commit() == clean and len(clean) >= 7
+    (tmp_path / "train.py").write_text("2\n")
+    assert train.commit() == f"{clean}-dirty"
