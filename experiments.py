@@ -97,7 +97,7 @@ KINDS = [
 def rated(size, kind):
     """Cells that try the rates of a kind at a size, on one seed."""
     scales = {"baseline": [1], "hc": [1, 10, 30], "mhc": [30, 100]}[kind["residual"]]
-    return [size | kind | rate | {"seed": 1337} for rate in grid(lr=[1.5e-3, 3e-3, 6e-3], maps_lr_scale=scales)]
+    return [size | kind | rate | {"seed": 1337} for rate in grid(lr=[3e-3, 6e-3, 12e-3], maps_lr_scale=scales)]
 
 
 def tune():
