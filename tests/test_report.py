@@ -158,13 +158,13 @@ def test_sizes_have_gaps_with_errors_exponents_and_the_trend_of_the_gap(place):
         size | kind | {"lr": 3e-3, "maps_lr_scale": 30, "seed": s}
         for size in experiments.SIZES
         for kind in experiments.KINDS
-        for s in (2, 3, 4)
+        for s in (2, 3, 4, 5, 6)
     ]
     rows = rows_of(cells, loss, flops=lambda c: flops[c.get("n_layer", 10)])
     page = section(place, "sizes", rows)
     gap = f"{0.1 * 1e13**0.01:.3f}".replace("-", "−")
     assert (
-        f"| 10 layers of 64 | 5 | HC | 0.003, × 30 | 3 | {loss(cells[33] | {'seed': 3}):.3f} ± 0.006 | −{gap} ± 0.000 |"
+        f"| 10 layers of 64 | 5 | HC | 0.003, × 30 | 5 | {loss(cells[55] | {'seed': 4}):.3f} ± 0.007 | −{gap} ± 0.000 |"
         in page
     )
     assert "- baseline: loss ∝ FLOPs^−0.0" in page and "- mHC, single-pass: loss ∝ FLOPs^−" in page
@@ -173,16 +173,36 @@ def test_sizes_have_gaps_with_errors_exponents_and_the_trend_of_the_gap(place):
     assert (place / "assets" / "sizes.png").stat().st_size > 10_000
     few = {name: row for name, row in rows.items() if row.get("n_layer") != 6}
     assert "Power laws want all sizes" in section(place, "sizes", few)
+    narrow = f"{0.1 * 1e12**0.01:.3f} ± 0.000"
+    equal = "level with mHC, H_res = I (0.000 ± 0.000), level with mHC, single-pass (0.000 ± 0.000)"
+    ahead = f"ahead of baseline (−{0.2 * 1e12**0.01:.3f} ± 0.000), ahead of HC (−{narrow})"
+    said = f"- 4 layers of 32: mHC is {ahead}, {equal}."
+    assert said in page
+    assert "mHC is" not in section(place, "sizes", {n: row for n, row in rows.items() if row["seed"] != 6})
 
 
-def test_what_decides_depth_ablation_and_choices_are_paired_by_seed(place):
+def test_tune_names_the_best_rates_and_those_at_the_edge_of_what_was_tried(place):
+    def loss(cell):  # HC's best is in the middle of both of its grids, mHC's best at the edge of both
+        best = {"baseline": (6e-3, 1), "hc": (6e-3, 10), "mhc": (12e-3, 100)}[cell["residual"]]
+        return 5 + abs(math.log(cell["lr"] / best[0])) + abs(math.log(cell["maps_lr_scale"] / best[1]))
+
+    page = section(place, "tune", rows_of(experiments.tune(), loss))
+    assert "- 10 layers of 64, HC: lr 0.006, maps × 10.\n" in page and "baseline: lr 0.006, maps × 1.\n" in page
+    assert "4 layers of 32, mHC: lr 0.012, maps × 100; the last of those tried: lr and maps_lr_scale." in page
+    beyond = {"n_layer": 4, "n_embd": 32, "max_steps": 60, "residual": "mhc", "seed": 1337}
+    more = rows_of([*experiments.tune(), beyond | {"lr": 24e-3, "maps_lr_scale": 100}], loss)
+    assert "4 layers of 32, mHC: lr 0.012, maps × 100; the last of those tried: maps_lr_scale." in section(
+        place, "tune", more
+    )
+    last = "10 layers of 64, mHC, single-pass: lr"
+    assert last in page and last not in section(place, "tune", rows_of(experiments.tune()[:-1], loss))
+
+
+def test_what_decides_ablation_and_choices_are_paired_by_seed(place):
     loss = lambda c: 5 + 0.1 * c["seed"] - {"hc": 0.3, "mhc": 0.2, "baseline": 0}[c["residual"]]  # noqa: E731
     cells = experiments.decides()
     page = section(place, "decides", rows_of(cells, loss, gain_peak=lambda c: 1e9 if c["residual"] == "hc" else 1))
     assert "| max_steps=420 | × 100 | 5 | −0.100 ± 0.000 | – | 1e+09 |" in page
-    page = section(place, "depth", rows_of(experiments.depth(), loss, composite="0.25 0.25 0.25 0.25"))
-    assert "composite from 1/n" in page and "| 0.25 |" in page  # 2 × 2 of a quarter: a quarter off one half
-    assert (place / "assets" / "depth.png").stat().st_size > 10_000
     page = section(place, "ablation", rows_of(experiments.ablation(), loss))
     assert "−0.300 ± 0.000" in page and "−0.200 ± 0.000" in page and "0.000 ± 0.000" in page
     worse = rows_of(experiments.choices(), lambda c: loss(c) + 0.05 * (c.get("manifold", "sinkhorn") != "sinkhorn"))
@@ -192,6 +212,28 @@ def test_what_decides_depth_ablation_and_choices_are_paired_by_seed(place):
     assert "| HC × 10 | 5 | 6.000 ± 0.000 | " in page and "starts are at most 0e+00 apart" in page
     assert "−0.300 ± 0.000" in page and (place / "assets" / "upcycling.png").stat().st_size > 10_000
     assert "lr" in section(place, "tune", rows_of(experiments.tune()[:4], loss))
+
+
+def test_depth_draws_gains_over_depth_and_training_and_says_which_composites_are_uniform_and_where_HC_left(place):
+    def curve(cell):
+        breaks = cell["residual"] == "hc" and cell["n_layer"] == 48 and cell["seed"] != 5
+        return "7 6 6.5 nan" if breaks else "7 6 5 4"
+
+    def composite(cell):  # n = 2: a uniform entry is one half
+        return "0.5 0.5 0.48 0.52" if cell.get("maps_init") == "home" and cell["n_layer"] > 4 else "0.9 0.1 0.1 0.9"
+
+    over_depth = dict.fromkeys(("fwd_max", "bwd_max", "single_fwd_max"), "3 2") | {"single_bwd_max": "1 5"}
+    over_depth |= {"fwd_min": "0.2 1", "bwd_min": "0.3 1", "gain_fwd_min": 0.2, "gain_bwd_min": 0.3}
+    over_steps = {"at_step": "10 20 30 40", "loss_curve": curve, "grad_norm_curve": "1 2 3 4", "grad_norm_max": 4}
+    over_steps |= {"eval_step": "0 40", "gain_curve": "1 7", "gain_peak": 7}
+    rows = rows_of(experiments.depth(), lambda c: 5, composite=composite, **over_depth | over_steps)
+    page = section(place, "depth", rows)
+    said = "a single gain is at most 5, a composite one 7, and at least 0.2 to 0.3 at the end."
+    assert f"- 96 sublayers, mHC, 'home' × 1: {said}" in page and f"- 96 sublayers, HC × 100: {said}" in page
+    assert "1/n, mHC, 'home' × 100: 0 of 5 at 8, 5 of 5 at 24, 5 of 5 at 48, 5 of 5 at 96 sublayers." in page
+    assert "1/n, mHC, 'paper' × 1: 0 of 5 at 8, 0 of 5 at 24" in page and "| 0.4 |" in page  # .9 less one half
+    assert "first 0.3 above that of mHC, 'home', at step 30, 30, 30, never, 30 (by seed)" in page
+    assert (place / "assets" / "depth.png").stat().st_size > 50_000
 
 
 def test_the_block_length_with_the_smallest_peak_is_held_against_the_formula(place):

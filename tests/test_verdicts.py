@@ -55,6 +55,10 @@ def test_a_fifth_seed_that_is_missing_anywhere_leaves_a_claim_open(judge):
     lost = next(name for name, row in rows.items() if row["n_layer"] == 6 and row["residual"] == "mhc")
     found = judge("sizes", {name: row for name, row in rows.items() if name != lost})
     assert {found[claim][2] for claim in (AHEAD, ORDER, FIG_6)} == {"open: 4 of 5 seeds"}
+    two = {name: row for name, row in sized({"mhc": [0.2] * 3}).items() if row["n_layer"] != 10}
+    assert judge("sizes", two)[AHEAD][2] == judge("sizes", two)[FIG_6][2] == "reproduced, at toy size; 2 of 3 sizes"
+    one = {name: row for name, row in two.items() if row["n_layer"] == 4}
+    assert judge("sizes", one)[FIG_6][2] == "open: two sizes are wanted; 1 of 3 sizes"
     assert judge("sizes", sized({}, seeds=(2,)))[AHEAD][0].startswith("4 layers of 32: 0.000 (one seed)")
     assert judge("sizes", {})[AHEAD] == ("not run yet", "–", "open")
 

@@ -70,6 +70,12 @@ def findings(rows):
     return "\n".join(lines)
 
 
+def finish(axes):
+    for ax in axes:
+        ax.grid(alpha=0.25, linewidth=0.5)
+        ax.legend(frameon=False, fontsize=8)
+
+
 def draw(rows):
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
     base = list(losses(rows, "baseline", 1).values())
@@ -88,7 +94,6 @@ def draw(rows):
                 ax.scatter([p[0]] * len(p[column]), p[column], color=COLORS[kind], s=6, alpha=0.5)
     for ax, title in ((left, "validation loss (mean; points: seeds)"), (right, "peak composite gain (median)")):
         ax.set(xscale="log", xlabel="maps_lr_scale", title=title)
-        ax.grid(alpha=0.25, linewidth=0.5)
-        ax.legend(frameon=False, fontsize=8)
+    finish((left, right))
     right.set_yscale("log")
     return fig

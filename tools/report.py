@@ -32,7 +32,7 @@ from configurator import configure, fail, read_file
 from experiments import DEMO, EXPERIMENTS, read_rows, results
 from records import read_bytes
 from tools import rates, sections
-from tools.rates import COLORS, KINDS, NAMES, SCALES, losses
+from tools.rates import COLORS, KINDS, NAMES, SCALES, finish, losses
 from tools.rows import floats, mean_se, paired, pick, span, table, values
 from tools.verdicts import not_run, verdicts
 
@@ -109,9 +109,7 @@ def draw_demo(rows):
             band(axes[2], floats(base[seeds[0]], "at_step"), curves, kind, "mHC" if kind == "home" else "HC")
     axes[2].axhline(0, color=COLORS["baseline"], linewidth=1, label="baseline")
     axes[2].set(title="training loss less the baseline's, same seed", xlabel="step", ylabel="nats per token")
-    for ax in axes:
-        ax.grid(alpha=0.25, linewidth=0.5)
-        ax.legend(frameon=False, fontsize=8)
+    finish(axes)
     save(fig, "demo")
 
 

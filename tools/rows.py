@@ -5,6 +5,11 @@ import statistics
 
 import numpy as np
 
+VARYING = (
+    "n_layer n_embd max_steps residual manifold single_pass maps_init learned_maps lr maps_lr_scale alpha_init "
+    "collapse n_streams sinkhorn_iters"
+).split()
+
 
 def pick(rows, **settings):
     """{seed: row} of the rows with these settings; '' asks for rows without the setting."""
@@ -54,6 +59,11 @@ def is_below(a, b):
     return statistics.mean(d) + 2 * statistics.stdev(d) / math.sqrt(len(d)) < 0
 
 
+def standing(a, b):
+    """Where a's losses are against b's."""
+    return "ahead of" if is_below(a, b) else "behind" if is_below(b, a) else "level with"
+
+
 def span(numbers):
     """'300 to 1.4e+03', '1.2' where they are equal to two digits."""
     low, high = (f"{f(numbers):.2g}" for f in (min, max))
@@ -63,6 +73,40 @@ def span(numbers):
 def table(header, rows):
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def varying(rows):
+    """The settings that are not the same in all rows."""
+    return [k for k in VARYING if len({row.get(k) or "" for row in rows.values()}) > 1]
+
+
+def groups(rows):
+    """{settings that vary, without the seed, as a tuple of pairs: {seed: row}}, in the order of the rows."""
+    found, names = {}, varying(rows)
+    for row in rows.values():
+        found.setdefault(tuple((k, row[k]) for k in names if row.get(k)), {})[int(row["seed"])] = row
+    return found
+
+
+def grid_table(rows, more=()):
+    """One line for each combination of settings, over its seeds. more: (header, function of {seed: row}) pairs."""
+    found, columns, lines = groups(rows), varying(rows), []
+    for group, some in found.items():
+        gains = [float(r["gain_peak"] or "nan") for r in some.values()]
+        peak = "–" if any(map(math.isnan, gains)) else span(gains)
+        extra = [f(some) for _, f in more]
+        loss = values(some, "val_loss").values()
+        lines.append([*(dict(group).get(k, "") for k in columns), len(some), mean_se(loss), *extra, peak])
+    return table([*columns, "seeds", "val. loss", *(name for name, _ in more), "peak gain"], lines)
+
+
+def exactly(rows, **settings):
+    """{seed: row} of the rows that have these settings, and of those that vary no others."""
+    return pick(rows, **dict.fromkeys(varying(rows), "") | settings)
+
+
+def loss_of(rows, **settings):
+    return values(exactly(rows, **settings), "val_loss")
 
 
 def floats(row, column):

@@ -1,6 +1,6 @@
 """REPORT.md's sections of the experiments after `rates`: each takes its rows, and gives a text and a figure or None."""
 
-import math
+import itertools
 import statistics
 from functools import cache
 
@@ -8,50 +8,30 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from configurator import read_file
-from experiments import DEMO, KINDS, MIDDLE, SIZES
+from experiments import DEMO, KINDS, MIDDLE, SIZES, rated
+from experiments import name_of as cell_name
 from model import GPTConfig
-from tools.rows import differences, floats, mean_se, paired, pick, power_law, span, table, values
+from tools.depth import depth
+from tools.rates import finish
+from tools.rows import (
+    differences,
+    exactly,
+    floats,
+    grid_table,
+    groups,
+    loss_of,
+    mean_se,
+    paired,
+    pick,
+    power_law,
+    span,
+    standing,
+    table,
+    values,
+)
 
-VARYING = (
-    "n_layer n_embd max_steps residual manifold single_pass maps_init learned_maps lr maps_lr_scale alpha_init "
-    "collapse n_streams sinkhorn_iters"
-).split()
 BASELINE = {"residual": "baseline"}
 COLORS = ("#777777", "#d55e00", "#0072b2", "#009e73", "#cc79a7")
-
-
-def varying(rows):
-    """The settings that are not the same in all rows."""
-    return [k for k in VARYING if len({row.get(k) or "" for row in rows.values()}) > 1]
-
-
-def groups(rows):
-    """{settings that vary, without the seed, as a tuple of pairs: {seed: row}}, in the order of the rows."""
-    found, names = {}, varying(rows)
-    for row in rows.values():
-        found.setdefault(tuple((k, row[k]) for k in names if row.get(k)), {})[int(row["seed"])] = row
-    return found
-
-
-def grid_table(rows, more=()):
-    """One line for each combination of settings, over its seeds. more: (header, function of {seed: row}) pairs."""
-    found, columns, lines = groups(rows), varying(rows), []
-    for group, some in found.items():
-        gains = [float(r["gain_peak"] or "nan") for r in some.values()]
-        peak = "–" if any(map(math.isnan, gains)) else span(gains)
-        extra = [f(some) for _, f in more]
-        loss = values(some, "val_loss").values()
-        lines.append([*(dict(group).get(k, "") for k in columns), len(some), mean_se(loss), *extra, peak])
-    return table([*columns, "seeds", "val. loss", *(name for name, _ in more), "peak gain"], lines)
-
-
-def exactly(rows, **settings):
-    """{seed: row} of the rows that have these settings, and of those that vary no others."""
-    return pick(rows, **dict.fromkeys(varying(rows), "") | settings)
-
-
-def loss_of(rows, **settings):
-    return values(exactly(rows, **settings), "val_loss")
 
 
 def chart(n, width=5.5):
@@ -59,18 +39,31 @@ def chart(n, width=5.5):
     return fig, axes if n > 1 else [axes]
 
 
-def finish(axes):
-    for ax in axes:
-        ax.grid(alpha=0.25, linewidth=0.5)
-        ax.legend(frameon=False, fontsize=8)
+# -- sizes: Figs 5 and 6 -----------------------------------------------------------------------------------------------
+
+
+WHAT = ("n_layer", "n_embd", "max_steps", "residual", "manifold", "single_pass")  # a size and a kind
 
 
 def tune(rows):
-    """Which of its rates is best for each kind and size."""
-    return grid_table(rows), None
+    """Which of its rates is best for each kind and size, and whether a better one may lie beyond those tried."""
+    lines = []
+    for size, kind in itertools.product(SIZES, KINDS):
+        tried = [rows[cell_name(c)] for c in rated(size, kind) if cell_name(c) in rows]
+        if len(tried) == len(rated(size, kind)):
+            best = min(tried, key=lambda row: float(row["val_loss"] or "inf"))
+            every = [row for row in rows.values() if all(row.get(k) == best.get(k) for k in WHAT)]
+            edge = [rate for rate in ("lr", "maps_lr_scale") if at_edge(rate, best, every)]
+            beyond = f"; the last of those tried: {' and '.join(edge)}" if edge else ""
+            name = f"{size_name(tuple(size.items()))}, {name_of(kind)}"
+            lines.append(f"- {name}: lr {best['lr']}, maps × {best['maps_lr_scale']}{beyond}.")
+    return f"{grid_table(rows)}\n\n" + "\n".join(lines), None
 
 
-# -- sizes: Figs 5 and 6 -----------------------------------------------------------------------------------------------
+def at_edge(rate, best, tried):
+    """Whether the best rate is the lowest or the highest of several."""
+    values = sorted({float(row[rate]) for row in tried})
+    return len(values) > 1 and float(best[rate]) in (values[0], values[-1])
 
 
 def name_of(kind):
@@ -81,8 +74,7 @@ def name_of(kind):
 
 def at_size(rows, size, kind):
     """{seed: row}, whatever the rates that `tune` has chosen."""
-    wanted = dict.fromkeys(("n_layer", "n_embd", "max_steps", "manifold", "single_pass"), "") | size | kind
-    return pick(rows, **wanted)
+    return pick(rows, **dict.fromkeys(WHAT, "") | size | kind)
 
 
 @cache
@@ -104,7 +96,21 @@ def sizes(rows):
                 lines.append([size_name(tuple(size.items())), one["tokens"], name_of(kind), rates, len(some),
                               mean_se(loss.values()), less])  # fmt: skip
     header = ["size", "tokens", "", "lr, maps' rate", "seeds", "val. loss", "less the baseline's"]
-    return f"{table(header, lines)}\n\n{laws(found)}", draw_sizes(rows, found)
+    return "\n\n".join(filter(None, (table(header, lines), orders(rows), laws(found)))), draw_sizes(rows, found)
+
+
+def orders(rows):
+    """Who is ahead of whom at each size, where five seeds say so."""
+    lines = []
+    for size in SIZES:
+        losses = {name_of(kind): values(at_size(rows, size, kind), "val_loss") for kind in KINDS}
+        mhc, others = losses.pop("mHC"), losses
+        said = [
+            f"{standing(mhc, b)} {name} ({paired(mhc, b)})" for name, b in others.items() if min(len(b), len(mhc)) >= 5
+        ]
+        if said:
+            lines.append(f"- {size_name(tuple(size.items()))}: mHC is {', '.join(said)}.")
+    return "\n".join(lines)
 
 
 def complete(points):
@@ -131,21 +137,24 @@ def laws(found):
 
 
 def draw_sizes(rows, found):
-    """Losses less the baseline's over the largest size's training; losses against FLOPs."""
-    fig, (left, right) = chart(2)
-    base = at_size(rows, SIZES[-1], BASELINE)
+    """Losses less the baseline's over training, a panel for each size that has rows; losses against FLOPs."""
+    there = [size for size in SIZES if at_size(rows, size, BASELINE)]
+    fig, (*lefts, right) = chart(len(there) + 1, 4.8)
+    for ax, size in zip(lefts, there, strict=True):
+        base = at_size(rows, size, BASELINE)
+        for kind, color in zip(KINDS[1:], COLORS[1:], strict=True):
+            some = at_size(rows, size, kind)
+            if seeds := sorted(some.keys() & base.keys()):
+                curves = [floats(some[s], "loss_curve") - floats(base[s], "loss_curve") for s in seeds]
+                ax.plot(floats(some[seeds[0]], "at_step"), np.mean(curves, 0), color=color, label=name_of(kind))
+        ax.axhline(0, color=COLORS[0], linewidth=1, label="baseline")
+        ax.set(title=f"{size_name(tuple(size.items()))}: training loss\nless the baseline's (Fig 5)", xlabel="step")
     for kind, color in zip(KINDS, COLORS, strict=True):
-        some = at_size(rows, SIZES[-1], kind)
-        if kind != BASELINE and (seeds := sorted(some.keys() & base.keys())):
-            curves = [floats(some[s], "loss_curve") - floats(base[s], "loss_curve") for s in seeds]
-            left.plot(floats(some[seeds[0]], "at_step"), np.mean(curves, 0), color=color, label=name_of(kind))
         if points := found.get(name_of(kind)):
             means = [statistics.mean(loss.values()) for _, loss in points]
             right.plot([flops for flops, _ in points], means, color=color, marker="o", label=name_of(kind))
-    left.axhline(0, color=COLORS[0], linewidth=1, label="baseline")
-    left.set(title="training loss less the baseline's (Fig 5)", xlabel="step", ylabel="nats per token")
     right.set(xscale="log", yscale="log", title="validation loss (Fig 6)", xlabel="training FLOPs")
-    finish((left, right))
+    finish((*lefts, right))
     return fig
 
 
@@ -170,34 +179,6 @@ def decides(rows):
                 lines.append([how, f"× {scale}", len(hc), paired(hc, home), paired(hc, paper), span(gains.values())])
     header = ["", "maps' rate", "seeds", "HC less mHC, 'home'", "HC less mHC, 'paper'", "HC's peak gain"]
     return f"{table(header, lines)}\n\n{grid_table(rows)}", None
-
-
-# -- depth: Figs 2, 3, 7, 8 --------------------------------------------------------------------------------------------
-
-
-def from_uniform(some):
-    """How far the map of the whole depth is from 1/n in each entry, at the end of training."""
-    maps = [floats(r, "composite") for r in some.values() if r.get("composite")]
-    return span([abs(m - 1 / math.isqrt(len(m))).max() for m in maps]) if maps else "–"
-
-
-def depth(rows):
-    fig, (left, right) = chart(2)
-    styles = {"1": ":", "100": "-"}
-    for (name, kind), color in zip(PAIRS, COLORS[1:], strict=False):
-        for scale, style in styles.items():
-            points = sorted((2 * int(dict(g)["n_layer"]), some) for g, some in groups(rows).items()
-                            if dict(g).items() >= {**kind, "maps_lr_scale": scale}.items())  # fmt: skip
-            if not points:
-                continue
-            look = {"color": color, "linestyle": style, "label": f"{name} × {scale}", "marker": "o", "markersize": 3}
-            x = [sublayers for sublayers, _ in points]
-            left.plot(x, [statistics.median(values(s, "gain_peak").values()) for _, s in points], **look)
-            right.plot(x, [statistics.mean(values(s, "val_loss").values()) for _, s in points], **look)
-    left.set(xscale="log", yscale="log", xlabel="sublayers", title="peak composite gain (median over seeds)")
-    right.set(xscale="log", xlabel="sublayers", title="validation loss (mean)")
-    finish((left, right))
-    return grid_table(rows, [("composite from 1/n", from_uniform)]), fig
 
 
 # -- which map brings the gain; what the paper leaves open -------------------------------------------------------------

@@ -10,8 +10,8 @@ import statistics
 from experiments import ELSEWHERE, SIZES
 from tools import sections
 from tools.rates import BASELINE, BROKEN, HC, HOME, best_scale, gain, losses, tried
-from tools.rows import behind, differences, is_below, mean_se, paired, span, values
-from tools.sections import at_size, exactly, loss_of, size_name
+from tools.rows import behind, differences, exactly, is_below, loss_of, mean_se, paired, span, standing, values
+from tools.sections import at_size, size_name
 
 SEEDS = 5  # for a verdict
 MHC = {"residual": "mhc"}
@@ -40,11 +40,6 @@ def verdict(words, *losses):
     """words, if each of these {seed: number} has at least five seeds."""
     fewest = min(map(len, losses))
     return words if fewest >= SEEDS else f"open: {fewest} of {SEEDS} seeds"
-
-
-def standing(a, b):
-    """Where a's losses are against b's."""
-    return "ahead of" if is_below(a, b) else "behind" if is_below(b, a) else "level with"
 
 
 def share_of(found):
@@ -115,26 +110,36 @@ SCALING = ("the gap persists with compute (Fig 6)", "attenuates slightly")
 
 def of_sizes(rows):
     """At seeds that did not choose the rates: whether mHC is ahead at each size, and what becomes of its gap."""
-    base, hc, mhc = ([values(at_size(rows, size, kind), "val_loss") for size in SIZES] for kind in (BASELINE, HC, MHC))
-    names = [size_name(tuple(size.items())) for size in SIZES]
+    there = [size for size in SIZES if at_size(rows, size, MHC)]
+    base, hc, mhc = ([values(at_size(rows, size, kind), "val_loss") for size in there] for kind in (BASELINE, HC, MHC))
+    names = [size_name(tuple(size.items())) for size in there]
+    if not there:
+        return []
     lines = []
     for claim, other in ((AHEAD, base), (ORDER, hc)):
         seen = [f"{name}: {paired(a, b)}" for name, a, b in zip(names, mhc, other, strict=True)]
         found = share_of([is_below(a, b) for a, b in zip(mhc, other, strict=True)])
-        lines.append((*claim, "; ".join(seen), verdict(found, *mhc, *other)))
-    return [*lines, persists(mhc, base, names)]
+        lines.append((*claim, "; ".join(seen), at_sizes(there, found, *mhc, *other)))
+    return [*lines, persists(mhc, base, names, there)]
 
 
-def persists(mhc, base, names):
+def at_sizes(there, words, *losses):
+    """The verdict, and how many sizes it speaks of if not of all."""
+    found = verdict(words, *losses)
+    return found if len(there) == len(SIZES) else f"{found}; {len(there)} of {len(SIZES)} sizes"
+
+
+def persists(mhc, base, names, there):
     """Relative to the baseline's loss, like Fig 6; shrunk to less than half from the smallest size is 'in part'."""
     gaps = [{s: 100 * d / b[s] for s, d in differences(a, b).items()} for a, b in zip(mhc, base, strict=True)]
     seen = "; ".join(f"{name}: {mean_se(gap.values(), 2)} %" for name, gap in zip(names, gaps, strict=True))
-    if min(map(len, gaps)) < SEEDS:
-        return *SCALING, seen, verdict("", *gaps)
+    if min(map(len, gaps)) < SEEDS or len(there) < 2:
+        return *SCALING, seen, at_sizes(there, "open: two sizes are wanted", *gaps)
     halved = statistics.mean(gaps[-1].values()) > statistics.mean(gaps[0].values()) / 2
     found = ("in part" if halved else "reproduced") if is_below(mhc[-1], base[-1]) else "not reproduced"
     change = f"largest less smallest {paired(gaps[-1], gaps[0], 2)}"
-    return *SCALING, f"mHC's loss against the baseline's: {seen}; {change}", f"{found}, at toy size"
+    ours = f"mHC's loss against the baseline's: {seen}; {change}"
+    return *SCALING, ours, at_sizes(there, f"{found}, at toy size", *gaps)
 
 
 # -- ablation, depth ---------------------------------------------------------------------------------------------------
