@@ -22,9 +22,14 @@ neighbours was seen to fall to a twentieth of its speed. OMP_WAIT_POLICY=PASSIVE
 quiet machine a third. Between the two lies SPINS, which is the default of every program here (GNU's OpenMP, as in torch
 for Linux, reads it; another ignores it). `python tools/bench.py neighbour` measures all three; whoever sets
 OMP_WAIT_POLICY or GOMP_SPINCOUNT has chosen.
+
+What becomes of freed memory. The C library gives the memory of a large tensor back to the system at once, and takes the
+next one's in fresh pages, each of which the system must find and clear: with streams of 16 MB a quarter of all time. So
+it is told to keep up to KEEP bytes for the next tensor. glibc alone listens; whoever sets MALLOC_... has chosen.
 """
 
 import contextlib
+import ctypes
 import errno
 import io
 import os
@@ -35,6 +40,8 @@ import time
 
 SIGNALS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 SPINS = "1000"  # rounds that a waiting thread spins before it sleeps, some tens of microseconds
+KEEP = 2**30
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 PATIENCE = 3  # seconds for Python to see a signal, before a thread ends the program
 STDOUT = "standard output"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -65,6 +72,7 @@ def is_first():
 def begin():
     """From here on a signal ends the program in one line; nothing is there yet that would need clearing up."""
     wait_kindly()
+    keep_memory()
     handle_signals(leave)
     if sys.stderr is None:  # closed: print(file=None) would write errors to stdout
         sys.stderr = open(os.devnull, "w")
@@ -79,6 +87,16 @@ def wait_kindly():
     """Have waiting threads spin briefly, unless the user has chosen. Only before torch is imported."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+
+
+def keep_memory():
+    """Have the C library keep freed memory, unless the user has chosen, or it is one that has no such setting."""
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    with contextlib.suppress(AttributeError, TypeError, OSError):  # no mallopt; no way to the C library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, KEEP)  # smaller blocks come from memory that is kept,
+        mallopt(M_TRIM_THRESHOLD, KEEP)  # of which so much may be unused
 
 
 class Stdout(io.TextIOWrapper):

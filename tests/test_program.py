@@ -2,6 +2,7 @@
 
 import glob
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -155,3 +156,16 @@ def test_waiting_threads_spin_briefly_unless_the_user_has_chosen():
     ):
         assert start([*unset, *theirs, *small(body)]).communicate(timeout=60)[0] == found + "\n"
     assert any(os.environ.get(name) for name in names)  # conftest.py has seen to it, before torch
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept_for_the_next_tensor_unless_the_user_has_chosen():
+    """Pages that were faulted in for the second to ninth block of 64 MB, each freed before the next."""
+    body = """
+import resource
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+seen = [faults() for _ in range(9) if bytes(b"1" * 2**26)]
+print(seen[-1] - seen[0] < 1000)"""
+    unset = ["env", *(f"--unset={name}" for name in os.environ if name.startswith("MALLOC_"))]
+    for theirs, kept in ([], True), (["MALLOC_ARENA_MAX=2"], False):
+        assert start([*unset, *theirs, *small(body)]).communicate(timeout=60)[0] == f"{kept}\n"
