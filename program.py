@@ -95,7 +95,8 @@ def keep_memory():
         return
     with contextlib.suppress(AttributeError, TypeError, OSError):  # no mallopt; no way to the C library
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, KEEP)  # smaller blocks come from memory that is kept,
+        # smaller blocks come from memory that is kept (older versions take 32 MB at most),
+        mallopt(M_MMAP_THRESHOLD, KEEP) or mallopt(M_MMAP_THRESHOLD, 2**25)
         mallopt(M_TRIM_THRESHOLD, KEEP)  # of which so much may be unused
 
 

@@ -160,11 +160,11 @@ def test_waiting_threads_spin_briefly_unless_the_user_has_chosen():
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_kept_for_the_next_tensor_unless_the_user_has_chosen():
-    """Pages that were faulted in for the second to ninth block of 64 MB, each freed before the next."""
+    """Pages that were faulted in for the second to ninth block of 16 MB, each freed before the next."""
     body = """
 import resource
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-seen = [faults() for _ in range(9) if bytes(b"1" * 2**26)]
+seen = [faults() for _ in range(9) if bytes(b"1" * 2**24)]
 print(seen[-1] - seen[0] < 1000)"""
     unset = ["env", *(f"--unset={name}" for name in os.environ if name.startswith("MALLOC_"))]
     for theirs, kept in ([], True), (["MALLOC_ARENA_MAX=2"], False):
