@@ -4,6 +4,8 @@ A sublayer takes x (B, T, C), or (N, C), and gives the same shape; it knows of o
 MLA and DeepSeekMoE are DeepSeek-V3, arXiv 2412.19437, whose published parameter names are kept. Letters as in model.py.
 """
 
+import importlib.util
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -309,7 +311,58 @@ class MoE(nn.Module):
 
 
 # -----------------------------------------------------------------------------------------------------------------
-# The head and its loss
+# The head and its loss: HeadLoss ('chunked'), or a library's fused function
+
+HEAD_LOSSES = ("chunked", "torch", "liger")
+
+
+def check_head_loss(name, device):
+    """Raise ValueError where a library's function is missing, or does not run on 'cuda' | 'cpu' | 'mps'."""
+    if name == "torch" and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise ValueError(f"head_loss='torch': wanted torch 2.13, which has linear_cross_entropy in chunks; this is "
+                         f"{torch.__version__}; head_loss='chunked' runs everywhere")  # fmt: skip
+    if name == "liger" and not importlib.util.find_spec("liger_kernel"):
+        raise ValueError("head_loss='liger': wanted the package liger-kernel, which is not installed: pip install "
+                         "--no-deps liger-kernel==0.8.5; head_loss='chunked' runs without")  # fmt: skip
+    if name == "liger" and device != "cuda":
+        raise ValueError(f"head_loss='liger': its kernels are for GPUs and this is {device!r}; head_loss='chunked' and "
+                         "'torch' run here")  # fmt: skip
+
+
+def rows_at_once(vocab):
+    """Of h, in one chunk of the head."""
+    rows = max(1, LOGITS_AT_ONCE // vocab)
+    return rows if rows < 256 else rows // 256 * 256  # whole tiles for the products
+
+
+@contextmanager
+def tf32(on):
+    """fp32 products on a GPU's tensor cores as long as it lasts. They see 10 bits of an operand; bf16 has 7."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = before or on
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+def library_loss(name, h, weight, targets):
+    """HeadLoss by a library: h (N, C), W (V, C), targets (N,) -> the sum of the cross entropies in nats; -1 is ignored.
+
+    Handed bf16, either library makes some of logits, loss and W's gradient in it (LOG.md). So both are handed fp32, and
+    where h was bf16 a GPU multiplies in TF32: h loses nothing by it, W less than by a cast. Not run on a GPU.
+    Both make the gradients with the loss. Liger waits for the device, to count the targets.
+    """
+    wide = map_dtype(h)
+    operands = h.to(wide), weight.to(wide), targets
+    with tf32(h.dtype != wide):
+        if name == "torch":
+            chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows_at_once(len(weight)))
+            return F.linear_cross_entropy(*operands, reduction="sum", ignore_index=-1, options=chunks)
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+
+        # bias, weights of classes, ignore_index, z-loss, smoothing, reduction, softcap, return z-loss, sums of d_W in
+        return Liger.apply(*operands, None, None, -1, 0.0, 0.0, "sum", None, False, wide)[0]
 
 
 def wide_mm(a, b):
@@ -335,17 +388,17 @@ class HeadLoss(torch.autograd.Function):
 
     No more than LOGITS_AT_ONCE logits exist at once. While a chunk of them is there, its share of both gradients is
     made too: nothing is computed twice, and the backward only scales. W's gradient is summed over chunks in fp32.
-    fused: softmax_loss, compiled, or None.
+    fused: softmax_loss, compiled, or None. narrow: W in h's dtype, where it is there already.
     """
 
     @staticmethod
-    def forward(ctx, h, weight, targets, wants_gradients, fused=None):
-        w, total = weight.to(h.dtype), torch.zeros((), dtype=map_dtype(h), device=h.device)
+    def forward(ctx, h, weight, targets, wants_gradients, fused=None, narrow=None):
+        w = weight.to(h.dtype) if narrow is None else narrow
+        total = torch.zeros((), dtype=map_dtype(h), device=h.device)
         d_h, d_w = (
             (torch.empty_like(h), torch.zeros_like(weight, dtype=map_dtype(h))) if wants_gradients else (None, None)
         )
-        chunk = max(1, LOGITS_AT_ONCE // len(w))
-        chunk = chunk if chunk < 256 else chunk // 256 * 256  # whole tiles for the products
+        chunk = rows_at_once(len(w))
         for start in range(0, len(h), chunk):
             rows = slice(start, start + chunk)
             logits, target = wide_mm(h[rows], w.t()), targets[rows].unsqueeze(1)
@@ -370,4 +423,4 @@ class HeadLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, g):
         d_h, d_w = ctx.saved_tensors
-        return (d_h * g).to(d_h.dtype), (d_w * g).to(ctx.dtype), None, None, None
+        return (d_h * g).to(d_h.dtype), (d_w * g).to(ctx.dtype), None, None, None, None

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from layers import MLA, MLP, Experts, HeadLoss, MoE, RMSNorm, rope_angles, softmax_loss
+from layers import MLA, MLP, Experts, HeadLoss, MoE, RMSNorm, library_loss, rope_angles, softmax_loss
 from manifolds import MANIFOLDS, check_manifold
 from mhc import hc_coeffs, hc_step, hyper_step, mhc_coeffs, mhc_post_res, mhc_pre, mhc_step
 from mhc_ref import map_dtype
@@ -528,7 +528,9 @@ class GPT(nn.Module):
         self.collapse_head = CollapseHead(config) if config.collapse == "head" else None
         self.norm = RMSNorm(config.n_embd, config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # untied
+        self.head_loss = "chunked"  # one of layers.HEAD_LOSSES: HeadLoss, or a library's
         self.softmax_loss = None  # HeadLoss', once it is compiled
+        self.head_copies = None  # {dtype: the head's weight in it}, within one_head
 
     def blocks(self):
         """(number, block) of the blocks that are here: all of them, but in a pipeline (pipeline.py)."""
@@ -563,9 +565,9 @@ class GPT(nn.Module):
         return linears + [(m, name) for m in parts if isinstance(m, Experts) for name, _ in m.named_parameters()]
 
     @contextmanager
-    def with_matrices(self, others):
-        """As long as it lasts, `others`, as many tensors as matrices(), are in their places."""
-        places = self.matrices()
+    def with_matrices(self, others, places=None):
+        """As long as it lasts, `others`, as many tensors as places (None: matrices()), are in their places."""
+        places = self.matrices() if places is None else places
         own = [module._parameters[name] for module, name in places]
         try:
             for (module, name), t in zip(places, others, strict=True):
@@ -574,6 +576,24 @@ class GPT(nn.Module):
         finally:
             for (module, name), p in zip(places, own, strict=True):
                 module._parameters[name] = p
+
+    @contextmanager
+    def one_head(self):
+        """As long as it lasts, during which it must not change, the head's weight is cast once for all losses: by the
+        first of them, since FSDP brings it together in a forward."""
+        self.head_copies = {}
+        try:
+            yield
+        finally:
+            self.head_copies = None
+
+    def narrow_head(self, dtype):
+        """The head's weight in dtype, within one_head; None: outside of it, or nothing to cast."""
+        if self.head_copies is None or self.lm_head.weight.dtype == dtype:
+            return None
+        if dtype not in self.head_copies:
+            self.head_copies[dtype] = self.lm_head.weight.detach().to(dtype)
+        return self.head_copies[dtype]
 
     def residuals(self):
         """The 2L residual connections in order."""
@@ -612,11 +632,16 @@ class GPT(nn.Module):
         return None, self.loss(h.flatten(0, 1), targets.flatten())
 
     def loss(self, h, targets):
-        """Mean cross entropy in nats of h (N, C) against targets (N,); -1 is ignored. See HeadLoss."""
+        """Mean cross entropy in nats of h (N, C) against targets (N,); -1 is ignored. See layers.py's head."""
         if torch.is_autocast_enabled(h.device.type):
             h = h.to(torch.get_autocast_dtype(h.device.type))
         with torch.autocast(h.device.type, enabled=False):  # it would round the fp32 logits on a CPU
-            total = HeadLoss.apply(h, self.lm_head.weight, targets, torch.is_grad_enabled(), self.softmax_loss)
+            w = self.lm_head.weight
+            if self.head_loss == "chunked":
+                how = torch.is_grad_enabled(), self.softmax_loss, self.narrow_head(h.dtype)
+                total = HeadLoss.apply(h, w, targets, *how)
+            else:
+                total = library_loss(self.head_loss, h, w, targets)
         return total / (targets != -1).sum().clamp(min=1)
 
     @torch.no_grad()

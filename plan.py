@@ -183,6 +183,8 @@ def memory(model, s, world, block, held=1):
     if model.lm_head is not None:
         parts["logits"] = COPIES_OF_LOGITS * 4 * rows * c.vocab_size
         parts["gradient of the head, made with its logits"] = 4 * c.n_embd * c.vocab_size
+        if e == 2:
+            parts["the head's weight in bf16"] = 2 * c.n_embd * c.vocab_size
     return {name: int(value) for name, value in parts.items()}
 
 
@@ -274,6 +276,8 @@ def report(config, s):
           f"recompute={s['recompute']!r}, segments of {block}")  # fmt: skip
     if s.get("fp8"):
         print("fp8=True: days, memory and what is sent are reckoned as in bf16")
+    if s.get("head_loss", "chunked") != "chunked":
+        print(f"head_loss={s['head_loss']!r}: memory is reckoned as with 'chunked'")
     copies = world // (s["shard_size"] or world) if s["parallel"] == "fsdp" else world
     shared = f", experts of a layer over {s['expert_size']}" if s["expert_size"] > 1 else ""
     print(f"layout: {world} devices, parallel={s['parallel']!r}, {copies} copies of the weights{shared}")

@@ -44,6 +44,7 @@ import recompute as recomputation
 from configurator import above, at_least, between, configure, fail, one_of, some
 from data import Corpus, DataError, order
 from gains import alarms, gains, heat_maps, res_gradients, stream_spread
+from layers import HEAD_LOSSES, check_head_loss
 from mhc import STREAMS, resolve_impl
 from model import GPT, RESIDUALS, GPTConfig
 from names import ELSEWHERE
@@ -58,6 +59,7 @@ seed = 1337  # of the weights and of the order of the data
 device = "auto"  # 'cpu' | 'cuda' | 'mps'; 'auto': the best there is, and it is printed
 dtype = "float32"  # 'bfloat16': autocast outside the mappings; the streams are bf16 then (Eq 11)
 compile = "auto"  # torch.compile the sublayers: True | False; 'auto': on CUDA alone, and it is printed
+head_loss = "chunked"  # of the head: 'chunked' (ours) | 'torch' | 'liger' (a library's fused one), see layers.py
 fp8 = False  # the products of attention, FFNs and experts with operands of 8 bits, through torchao: see fp8.py
 dry_run = False  # print what the run would take, and stop
 init_from = "resume"  # go on with the unfinished run in out_dir, if any; 'scratch': move it to <out_dir>.old first
@@ -139,6 +141,7 @@ RULES = {  # of the model's settings: GPTConfig's
     "device": one_of("auto", "cpu", "cuda", "mps"),
     "dtype": one_of("float32", "bfloat16"),
     "compile": (lambda v: v == "auto" or v.lower() in ("true", "false"), "'auto', True or False"),
+    "head_loss": one_of(*HEAD_LOSSES),
     "init_from": one_of("resume", "scratch"),
     "batch_size": at_least(1, 10**6),
     "micro_batch_size": at_least(0, 10**6),
@@ -200,6 +203,7 @@ def check(settings):
         raise ValueError(
             f"n_streams={n_streams}: impl='triton' takes {', '.join(map(str, STREAMS))}; wanted impl='auto'"
         )
+    check_head_loss(head_loss, on)
     if fp8:
         eight_bits.check(on, dtype, config.has_moe)
     if compiles(on) and on == "cpu":
@@ -327,10 +331,12 @@ def forward_backward(net, batches, step, ranks):
     idx, targets = batches.of(step)
     micro_batches = list(zip(idx.split(micro_batch_size), targets.split(micro_batch_size), strict=True))
     net.zero_grad()
+    model = getattr(net, "module", net)  # DDP's
     if ranks.pipeline:  # its schedule has all micro-batches of the step under way at once
-        return ranks.all_sum(ranks.pipeline.step(idx, targets, len(micro_batches))).item() / ranks.parts
+        with model.one_head():
+            return ranks.all_sum(ranks.pipeline.step(idx, targets, len(micro_batches))).item() / ranks.parts
     total = torch.zeros((), device=ranks.device)
-    with narrow_weights(getattr(net, "module", net)):  # DDP's module
+    with model.one_head(), narrow_weights(model):
         for i, (idx, targets) in enumerate(micro_batches):
             ranks.synchronise(net, last=i == len(micro_batches) - 1, every=reduce_always)
             with autocast(ranks.device):
@@ -375,13 +381,14 @@ def validation_loss(model, corpus, ranks):
     model.eval()
     n = min(eval_sequences, corpus.n_sequences)
     total = torch.zeros((), device=ranks.device)
-    for done in range(0, n, micro_batch_size * ranks.parts):
-        first = done + micro_batch_size * ranks.part
-        rows = np.arange(first, min(first + micro_batch_size, n))
-        # a process with nothing left runs along and counts for nothing: FSDP gathers the weights from all of them
-        idx, targets = (t.to(ranks.device) for t in corpus.sequences(rows if len(rows) else [0]))
-        with autocast(ranks.device):
-            total += model(idx, targets)[1] * len(rows)
+    with model.one_head(), narrow_weights(model):
+        for done in range(0, n, micro_batch_size * ranks.parts):
+            first = done + micro_batch_size * ranks.part
+            rows = np.arange(first, min(first + micro_batch_size, n))
+            # a process with nothing left runs along and counts for nothing: FSDP gathers the weights from all of them
+            idx, targets = (t.to(ranks.device) for t in corpus.sequences(rows if len(rows) else [0]))
+            with autocast(ranks.device):
+                total += model(idx, targets)[1] * len(rows)
     model.train()
     return ranks.all_sum(total).item() / n
 
@@ -511,6 +518,7 @@ def design_model(settings, vocab, ranks):
         fail(f"vocab_size={vocab_size}: the corpus in {data_dir} has {vocab} tokens")
     with torch.device("meta"):
         model = GPT(model_config(settings))
+    model.head_loss = head_loss
     recomputation.apply(model, recompute, recompute_block)
     if not micro_batch_size:
         has = plan.device_memory(ranks.device)
@@ -671,9 +679,10 @@ def train(settings, train_data, val_data, ranks):
     records, profiler, stop = Log(settings, ranks.is_main), start_profiler(ranks.is_main), run_folder.Stop(ranks.device)
     how = f" (impl {resolve_impl(impl, ranks.device, n_streams)})" if RESIDUALS[residual].has_maps else ""
     size = f"{model.num_params()['total']:,} parameters"
+    head = f", head's loss by {head_loss}" if head_loss != "chunked" else ""
     products = (", products in FP8" + (", emulated" if ranks.device.type == "cpu" else "")) if fp8 else ""
     compiled = "compiled" if compiles(ranks.device.type) else "not compiled"
-    how = f"{dtype}{products}, sublayers {compiled}, residual {residual}{how}"
+    how = f"{dtype}{products}{head}, sublayers {compiled}, residual {residual}{how}"
     print(f"{ranks.device.type}, {how}, {size} -> {out_dir}")
     peak_rate = tokens_at_peak(model, ranks)
 

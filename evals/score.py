@@ -60,6 +60,7 @@ class Runner:
         self.max_length, self.copies = max_length or model.config.seq_len, None
         if dtype == "bfloat16":
             self.copies = [module._parameters[name].detach().bfloat16() for module, name in model.matrices()]
+            self.head = [model.lm_head.weight.detach().bfloat16()]
 
     def hidden(self, rows, cache=None):
         """rows: lists of tokens, padded here on the right; continues `cache` and sets its true lengths. -> (R, T, C)"""
@@ -91,7 +92,9 @@ class Runner:
 
     def logits(self, h):
         """h (M, C) -> (M, vocab) in fp32."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        head = [(self.model.lm_head, "weight")]
+        narrow = self.model.with_matrices(self.head, head) if self.copies else nullcontext()
+        with narrow, torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
             return self.model.lm_head(h).float()
 
 

@@ -189,12 +189,13 @@ def test_in_bf16_the_matrices_are_cast_once_and_not_for_every_token():
     runner = Runner(model, "bfloat16")
     with Shapes() as shapes:
         h = runner.forward(idx)
-    matrices = [module._parameters[name] for module, name in model.matrices()]
+        logits = runner.logits(h[:, -1])
+    matrices = [*(module._parameters[name] for module, name in model.matrices()), model.lm_head.weight]
     casts = {shape for name, made in shapes.of if "_to_copy" in name for shape in made}
     assert casts and not {p.shape for p in matrices} & casts
     assert all(p.dtype == torch.float32 for p in matrices)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model.hidden(idx), h)
+        assert torch.equal(model.hidden(idx), h) and torch.equal(model.lm_head(h[:, -1]).float(), logits)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

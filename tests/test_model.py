@@ -1,7 +1,10 @@
 """The transformer itself: attention, experts, loss, initialisation, counts."""
 
 import runpy
+import sys
 from dataclasses import fields
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +13,20 @@ from torch._subclasses import FakeTensorMode
 
 import layers as module
 import mhc_cpu
-from layers import MLA, Combine, Dispatch, Experts, HeadLoss, LatentCache, MoE, apply_rope, rope_angles, softmax_loss
+from layers import (
+    HEAD_LOSSES,
+    MLA,
+    Combine,
+    Dispatch,
+    Experts,
+    HeadLoss,
+    LatentCache,
+    MoE,
+    apply_rope,
+    check_head_loss,
+    rope_angles,
+    softmax_loss,
+)  # fmt: skip
 from model import GPT, GPTConfig
 from plan import LiveBytes
 from tests.test_residual import TINY, make, tokens
@@ -232,6 +248,70 @@ def test_head_gradients_do_not_lose_with_the_number_of_chunks(monkeypatch, dtype
     grads = zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, wide), leaves, (d_h, d_w), strict=True)
     for g, e, leaf, allowed in grads:
         assert g.dtype == leaf.dtype and ((g - e).norm() / e.norm()).item() < allowed
+
+
+def pretend_liger(seen):
+    """Liger's function by plain PyTorch; seen: a list that receives what it is given."""
+
+    def apply(h, w, targets, bias, of_classes, ignored, z, smoothing, reduction, softcap, return_z, sums_in):
+        seen.append((h.dtype, w.dtype, sums_in, torch.backends.cuda.matmul.allow_tf32))
+        assert bias is of_classes is softcap is None and z == smoothing == return_z == 0
+        return F.cross_entropy(h @ w.T, targets, ignore_index=ignored, reduction=reduction), None, None, None
+
+    ops = ModuleType("liger_kernel.ops.fused_linear_cross_entropy")
+    ops.LigerFusedLinearCrossEntropyFunction = SimpleNamespace(apply=apply)
+    names = ("liger_kernel", "liger_kernel.ops", ops.__name__)
+    return dict(zip(names, (ModuleType(names[0]), ModuleType(names[1]), ops), strict=True))
+
+
+LIBRARIES = [
+    "torch", "liger, pretended",
+    pytest.param("liger", marks=pytest.mark.skipif(not find_spec("liger_kernel"), reason="Liger is not installed")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("bf16, d_h, d_w", [(False, 1e-5, 1e-5), (True, 2.5e-3, 1e-3)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", ["chunked", *LIBRARIES])
+def test_every_head_has_the_loss_and_gradients_of_fp64(name, bf16, d_h, d_w, monkeypatch):
+    """At 32 chunks, odd sizes, some targets ignored. In bf16 h's gradient is rounded to it; the rest is fp32."""
+    N, C, V, seen = 511, 17, 701, []
+    gpt, h, targets = make(n_embd=C, vocab_size=V), torch.randn(N, C).to(torch.bfloat16), torch.randint(V, (N,))
+    w, targets[::7] = (1.5 * torch.randn(V, C)).to(torch.bfloat16), -1
+    gpt.lm_head.weight.data = w.float()
+    gpt.head_loss = name.split(",")[0]
+    if name == "liger, pretended":
+        for path, stand_in in pretend_liger(seen).items():
+            monkeypatch.setitem(sys.modules, path, stand_in)
+    monkeypatch.setattr(module, "LOGITS_AT_ONCE", 16 * V)
+    wide = [v.double().requires_grad_() for v in (h, w)]
+    want = F.cross_entropy(wide[0] @ wide[1].T, targets, ignore_index=-1)
+    leaves = [h.to(torch.bfloat16 if bf16 else torch.float32).requires_grad_(), gpt.lm_head.weight]
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        got = gpt.loss(leaves[0], targets)
+    assert got.dtype == torch.float32 and abs(got.item() / want.item() - 1) < 1e-6
+    grads = zip(torch.autograd.grad(3 * got, leaves), torch.autograd.grad(3 * want, wide), (d_h, d_w), strict=True)
+    for g, e, allowed in grads:
+        assert ((g - e).norm() / e.norm()).item() < allowed
+        assert (g[::7] == 0).all() if len(g) == N else g.dtype == torch.float32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    assert set(seen) <= {(*[torch.float32] * 3, bf16)}  # TF32 on a GPU, but for fp32 runs
+    with torch.no_grad():  # an evaluation
+        assert abs(gpt.loss(leaves[0].float(), targets).item() / want.item() - 1) < 1e-6
+
+
+def test_a_head_that_cannot_run_here_is_refused_with_the_way_out(monkeypatch):
+    for name in HEAD_LOSSES[:2]:
+        check_head_loss(name, "cpu")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="head_loss='liger': .*not installed: pip install .*head_loss='chunked'"):
+        check_head_loss("liger", "cuda")
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: name)
+    check_head_loss("liger", "cuda")
+    with pytest.raises(ValueError, match="head_loss='liger': .*for GPUs and this is 'cpu'; head_loss='chunked'"):
+        check_head_loss("liger", "cpu")
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions")
+    with pytest.raises(ValueError, match="head_loss='torch': wanted torch 2.13, .*'chunked'"):
+        check_head_loss("torch", "cuda")
 
 
 def test_autocast_does_not_round_logits_or_loss():

@@ -19,6 +19,7 @@ import program
 import run_folder
 import train
 from data import Corpus, DataError
+from model import GPT
 from names import ELSEWHERE
 from parallel import start
 from tests.ranks import train_in_fork
@@ -311,7 +312,7 @@ class Casts(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])
-def test_matrices_are_cast_once_a_step_and_micro_batches_add_up_in_fp32(mode, monkeypatch):
+def test_every_matrix_is_cast_once_a_step_and_micro_batches_add_up_in_fp32(mode, monkeypatch):
     """And the gradients are to the bit what they are when autocast casts them in every micro-batch."""
     from recompute import apply
     from tests.test_residual import make, tokens
@@ -322,9 +323,11 @@ def test_matrices_are_cast_once_a_step_and_micro_batches_add_up_in_fp32(mode, mo
     apply(model, mode)
     matrices, found = [module._parameters[name] for module, name in model.matrices()], []
     assert len(matrices) == 2 * 5 + 3 + 3 + 3  # MLAs, the dense FFN, the experts, those that are shared
-    for narrow in (train.narrow_weights, lambda model: nullcontext()):
+    anew = lambda model: nullcontext()  # noqa: E731
+    for narrow, one_head in ((train.narrow_weights, GPT.one_head), (anew, anew)):
         monkeypatch.setattr(train, "narrow_weights", narrow)
-        with Casts(matrices) as casts:
+        monkeypatch.setattr(GPT, "one_head", one_head)
+        with Casts([*matrices, model.lm_head.weight]) as casts:
             loss = train.forward_backward(model, batch, 0, start())
         found.append((loss, [p.grad for p in model.parameters()], casts.times.values()))
     (loss, grads, once), (wanted, wanted_grads, often) = found
