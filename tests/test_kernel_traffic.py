@@ -1,17 +1,21 @@
 """The bytes the kernels ask for, counted in Triton's interpreter; and that the counter sees what it must refuse."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
 import mhc_ref
 import sinkhorn_kernel
 from tests.kernel_cases import needs_triton
+from tools import kernel_report
 from tools.kernel_report import Traffic, example, liger_step, liger_traffic, retune, total, traffic
 
 pytestmark = needs_triton
 if sinkhorn_kernel.triton is not None:
     import triton
     import triton.language as tl
+    import triton.testing
 
     @triton.jit
     def copy(x_ptr, y_ptr, N, STEP: tl.constexpr):
@@ -59,6 +63,23 @@ def test_retuning_finds_the_fastest_rows(capsys):
     assert {kernel: min(rows, key=rows.get)[:2] for kernel, rows in times.items()} == wanted
     assert next(iter(times["streams"]))[:2] == (64, 32) and "out of resource" in capsys.readouterr().out
     assert sinkhorn_kernel.blocks is blocks
+
+
+def test_retuning_by_itself_compiles_ahead_and_times_no_row_that_spills(monkeypatch, capsys):
+    """With a card, times and compilations that only pretend: whatever is not 32 tokens high spills."""
+    monkeypatch.setattr(kernel_report, "need_gpu", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a card")
+    monkeypatch.setattr(triton.testing, "do_bench", lambda boundary: 1.0)
+    monkeypatch.setattr(kernel_report, "example", lambda C, n, T, device: example(C, n, T))
+    monkeypatch.setattr(kernel_report, "ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(1))
+    monkeypatch.setattr(kernel_report, "compile_row", lambda kernel, row, C, n, T: 8 * (row[0] != 32))
+    kernel_report.print_retune(64, 1, 8)
+    _, *lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(kernel_report.TUNED)
+    for kernel, line in zip(kernel_report.TUNED, lines, strict=True):
+        _, *others = kernel_report.rows_to_try(kernel, 1, 64)
+        dropped = sum(row[0] != 32 for row in others)
+        assert line.endswith(f"{1 + len(others) - dropped} tried, {dropped} dropped") and 0 < dropped < len(others)
 
 
 def test_the_counter_counts():

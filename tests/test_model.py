@@ -270,13 +270,14 @@ LIBRARIES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("bf16, d_h, d_w", [(False, 1e-5, 1e-5), (True, 2.5e-3, 1e-3)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("bf16, d_h, d_w", [(False, 1e-5, 1e-5), (True, 3e-3, 1e-3)], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["chunked", *LIBRARIES])
 def test_every_head_has_the_loss_and_gradients_of_fp64(name, bf16, d_h, d_w, monkeypatch):
-    """At 32 chunks, odd sizes, some targets ignored. In bf16 h's gradient is rounded to it; the rest is fp32."""
+    """At 32 chunks, odd sizes, some targets ignored. In bf16 the gradients of logits and h are bf16, all else fp32."""
     N, C, V, seen = 511, 17, 701, []
+    torch.manual_seed(0)
     gpt, h, targets = make(n_embd=C, vocab_size=V), torch.randn(N, C).to(torch.bfloat16), torch.randint(V, (N,))
-    w, targets[::7] = (1.5 * torch.randn(V, C)).to(torch.bfloat16), -1
+    w, targets[::7] = (0.5 * torch.randn(V, C)).to(torch.bfloat16), -1
     gpt.lm_head.weight.data = w.float()
     gpt.head_loss = name.split(",")[0]
     if name == "liger, pretended":

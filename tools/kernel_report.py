@@ -26,6 +26,8 @@ import re
 import subprocess
 import tempfile
 from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 
 import numpy as np
 import torch
@@ -593,7 +595,11 @@ def print_retune(C=2560, n=4, T=16384):
     from triton.testing import do_bench
 
     print(f"{torch.cuda.get_device_name()}: n = {n}, C = {C}, {T} tokens, bf16; ms of a boundary, forward and backward")
-    retune(example(C, n, T, device="cuda"), do_bench, report=print_tuned)
+    pool = ProcessPoolExecutor(min(8, os.cpu_count()), mp_context=get_context("spawn"))  # a GPU does not survive a fork
+    try:
+        retune(example(C, n, T, device="cuda"), do_bench, compile_ahead_of_tuning(pool, C, n, T), print_tuned)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def print_tuned(kernel, times, dropped):
