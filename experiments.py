@@ -97,7 +97,7 @@ KINDS = [
 def rated(size, kind):
     """Cells that try the rates of a kind at a size, on one seed. Shorter runs are at their best at higher ones."""
     scales = {"baseline": [1], "hc": [1, 10, 30, 100], "mhc": [30, 100]}[kind["residual"]]
-    rates = [3e-3, 6e-3, 12e-3] if size == LARGE else [6e-3, 12e-3, 24e-3]
+    rates = [3e-3, 6e-3, 12e-3] + [24e-3] * (size != LARGE)
     return [size | kind | rate | {"seed": 1337} for rate in grid(lr=rates, maps_lr_scale=scales)]
 
 
