@@ -68,6 +68,7 @@ def test_memory_answers_to_the_layout(capsys):
     assert "whole gradients" in report(capsys, "mhc_27b", reduce_always=False)
     assert "2 copies" in report(capsys, "mhc_27b", plan_devices=16, shard_size=8)
     assert "reckoned as in bf16" in report(capsys, "mhc_27b", fp8=True)
+    assert "memory is reckoned as with 'chunked'" in report(capsys, "mhc_27b", head_loss="torch")
 
 
 def test_the_rate_and_the_start_of_the_maps_are_told(capsys):

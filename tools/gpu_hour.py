@@ -4,7 +4,8 @@
     python3 tools/gpu_hour.py --stages=versions,kernels --out=other.json
     python figures.py gpu.json --figure=roofline          # draws them
 
-Runs under the machine's own python3: torch, Triton and numpy are all it imports, beside what lies in this repository.
+Runs under the machine's own python3: torch, Triton and numpy are all it imports, beside what lies in this repository;
+the training also needs safetensors, for its checkpoint, and `tests` a pytest, which the forms of the boundary do not.
 
 A stage is a process of its own with some seconds to spend, forked before anything has touched the GPU: one that fails,
 hangs or breaks its context costs its own numbers and no other's. It prints as it goes, and what it said is kept, also

@@ -400,6 +400,9 @@ def report(path, settings, card, mfu, memory_share, launch_us):
           f"{settings['dtype']}, recompute={settings['recompute']!r}, not compiled\n"
           f"at least: {cards[0].flops / 1e12:.0f} TFLOP/s, {cards[0].bandwidth / 1e12:.2f} TB/s; likely: "
           f"{mfu:.0%} and {memory_share:.0%} of them (assumed); the wire is left out")  # fmt: skip
+    for name, as_with in (("head_loss", "chunked"), ("fp8", False)):
+        if settings.get(name, as_with) != as_with:
+            print(f"{name}={settings[name]!r}: reckoned as with {as_with!r}")
     forms = {form_of(config): config}
     forms |= {n: replace(config, n_streams=settings["n_streams"], **f) for n, f in FORMS.items() if n not in forms}
     parts = {name: reckon(config, settings, cards, world) for name, config in forms.items()}
