@@ -165,11 +165,18 @@ def memory():
     return list(itertools.chain(*cells))
 
 
+def thin_model(L, C=128):
+    """L sublayers of width C whose own activations are small beside the streams: real depth, thin F."""
+    model = GPT(GPTConfig(vocab_size=32, seq_len=64, n_layer=L // 2, n_embd=C, n_head=1, kv_lora_rank=8,
+                          qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, intermediate_size=8,
+                          first_k_dense_replace=L // 2))  # fmt: skip
+    model.init_weights(0)
+    return model
+
+
 def measure_memory(config, cell, folder):
     """-> the row of a cell of `memory`: what is kept for the backward and its peak, in units of C a token."""
-    from tools import bench
-
-    model, tokens = bench.thin_model(cell["sublayers"]), 64
+    model, tokens = thin_model(cell["sublayers"]), 64
     idx = torch.randint(32, (1, tokens), generator=torch.Generator().manual_seed(0))
     L_r = recompute.apply(model, cell["recompute"], cell.get("L_r", -1))
     saved, peak = (v / (4 * model.config.n_embd * tokens) for v in plan.measured_bytes(model, idx, idx))
@@ -209,12 +216,30 @@ def continue_baseline(config, cell, folder):
     return run_cell(config, cell, folder, seed=cell["seed"] + 1000, **as_converted)
 
 
+def overhead():
+    """6.7 %: what HC and mHC add to the time of a few blocks on this CPU, and on paper to a micro-batch on an H100."""
+    on_paper = grid(predicted="H100", config=["mhc_3b", "mhc_9b", "mhc_27b"])
+    return grid(width=[64, 512, 1280], blocks=[2, 4]) + on_paper
+
+
+def measure_overhead(config, cell, folder):
+    """-> the row of a cell of `overhead`: percent added to the baseline's time, by tools/bench.py cpu or roofline."""
+    from tools import bench
+
+    if "predicted" in cell:
+        found = bench.predicted(f"config/{cell['config']}.py", cell["predicted"])
+    else:
+        found = bench.overhead(cell["width"], cell["blocks"], *((2, 64) if quick else (9, 1024)))
+    return {"cell": name_of(cell), **cell, "commit": train.commit(), **found}
+
+
 class Experiment(NamedTuple):
     question: str
     cells: Callable  # -> a list of dicts, in the order they are run
     config: str = DEMO
     file: str = ""  # of the results, where it is not the experiment's name
     row: Callable | None = None  # (config, cell, folder) -> a row, where a cell is not a run of train.py
+    alone: bool = False  # one cell at a time, since it measures times
 
 
 EXPERIMENTS = {
@@ -229,10 +254,12 @@ EXPERIMENTS = {
     "upcycling": Experiment(
         "Is a trained baseline better continued with more streams?", upcycling, row=continue_baseline
     ),
+    "overhead": Experiment(
+        "6.7 %: what do HC and mHC add to a step's time?", overhead, row=measure_overhead, alone=True
+    ),
     "memory": Experiment("Table 3: what is kept, and is L_r* the best?", memory, row=measure_memory),
 }
 ELSEWHERE = {  # not a grid of short runs
-    "overhead": "python tools/bench.py cpu --rounds=15",
     "downstream": "python experiments.py sizes --keep=True; python eval.py RUN RUN --tasks=all",
 }
 QUICK = dict(max_steps=10, warmup_steps=2, eval_interval=10, eval_sequences=8)
@@ -421,13 +448,19 @@ def run_cell(config, cell, folder, **also):
     return None if call(command, cell, folder) is None else measure(cell, folder)
 
 
+def is_quick(cell):
+    """Whether --quick takes a cell: two seeds, and of what is no run of train.py the small ones."""
+    small = cell.get("sublayers", 0) < 60 and cell.get("width", 0) < 1280 and cell.get("config") in (None, "mhc_3b")
+    return small and cell.get("seed") in (None, *SEEDS[:2])
+
+
 def run(experiment):
     """Run the cells without a row. -> how many have failed."""
     config, file = EXPERIMENTS[experiment].config, EXPERIMENTS[experiment].file or experiment
     cells, place = cells_of(experiment), "quick" if quick else ""
     path = os.path.join(os.path.join(runs, place) if quick else results, f"{file}.csv")
     if quick:
-        cells = {n: c for n, c in cells.items() if c.get("seed") in (None, *SEEDS[:2]) and c.get("sublayers", 0) < 60}
+        cells = {n: c for n, c in cells.items() if is_quick(c)}
     rows = read_rows(path)
     todo = {n: c for n, c in cells.items() if n not in rows}
     print(f"{experiment}: {len(cells)} cells, {len(cells) - len(todo)} done -> {path}")
@@ -497,6 +530,8 @@ def main():
             fail(f"{name} is not a grid of runs: {ELSEWHERE[name]}")
         if name not in EXPERIMENTS:
             fail(f"{name!r}: wanted one of {', '.join(EXPERIMENTS)}")
+        if EXPERIMENTS[name].alone and jobs > 1:
+            fail(f"jobs={jobs}: {name} measures times, on a machine that does nothing else: wanted --jobs=1")
     if not names:
         return overview()
     signal.signal(signal.SIGTERM, stop)

@@ -27,17 +27,15 @@ def test_spread_is_half_the_quartile_range():
 @pytest.mark.parametrize(
     "args, message",
     [
-        (["cqu"], "wanted one of cpu, memory"),
+        (["cqu"], "wanted one of cpu, generate"),
         (["cpu", "--widths=640"], "wanted some of 64, 512, 1280, got '640'"),
         (["cpu", "--tokens=100"], "wanted a multiple of seq_len"),
         (["cpu", "--widths=64", "--tokens=4096"], "tokens=4096, seq_len=2048: wanted none of them with widths=64"),
         (["cpu", "--round=3"], "did you mean rounds"),
         (["cpu", "--impls=ref,x"], "wanted some of ref, eager, got 'x'"),
         (["cpu", "--seq_len=0"], "seq_len=0: wanted a number of at least 1"),
-        (["memory", "--depths=7"], "wanted even numbers from 2"),
-        (["memory", "--depths=2,1000000"], "from 2 to 998"),
         (["cpu", "--threads=100000"], "threads=100000: wanted a number of at least 0 and at most 1024"),
-        (["memory", "--rounds=3"], "does not use rounds; it reads depths, n_streams, seed"),
+        (["step", "--blocks=3"], "does not use blocks; it reads rounds, threads, seed"),
         (["eval", "--shot_tokens=5000"], "= 5085: wanted at most 4096"),
         (["kernels", "--seed=3"], "does not use seed; it reads no settings"),
     ],
@@ -111,3 +109,17 @@ def test_the_rival_of_a_training_step_has_the_same_loss(monkeypatch, capsys):
     monkeypatch.setattr(rivals, "both", lambda *args: (ours, theirs))
     with pytest.raises(RuntimeError, match="do not compute the same"):
         rivals.train_step(tiny, 31, 1, seed=0)
+
+
+def test_blocks_in_a_row_have_maps_of_their_own_and_all_of_them_are_in_what_is_timed(monkeypatch):
+    small = dict(n_head=1, n_routed_experts=6, moe_intermediate_size=8)
+    for name, value in {"blocks": 3, "tokens": 8, "seq_len": 4, "SHAPES": {16: small}}.items():
+        monkeypatch.setattr(bench, name, value)
+    sublayers, shared = bench.block_sublayers(16)
+    assert len(sublayers) == 6 and len(shared) == 4
+    variant = bench.make_variant(16, sublayers, residual="mhc")
+    bench.forward_backward(variant, shared)()
+    phis = [residual.phi for residual in variant[2]]
+    assert len({p.data_ptr() for p in phis}) == 6 and all(p.grad.abs().max() > 0 for p in phis)
+    monkeypatch.setattr(bench, "blocks", 0)
+    assert len(bench.block_sublayers(16)[0]) == 2

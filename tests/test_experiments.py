@@ -9,6 +9,7 @@ import pytest
 import experiments
 from model import GPTConfig
 from tests.test_resume import TINY, prepare
+from tools import bench, roofline
 
 
 @pytest.fixture(scope="module")
@@ -113,10 +114,12 @@ def test_an_unknown_experiment_and_a_second_process_end_in_one_line(table, monke
     with pytest.raises(SystemExit):
         experiments.main()
     assert "'tin': wanted one of tiny" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", ["experiments.py", "overhead"])
+    monkeypatch.setitem(experiments.EXPERIMENTS, "timed", experiments.EXPERIMENTS["tiny"]._replace(alone=True))
+    monkeypatch.setattr(experiments, "jobs", 1)
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "timed", "--jobs=2"])
     with pytest.raises(SystemExit):
         experiments.main()
-    assert "overhead is not a grid of runs: python tools/bench.py cpu" in capsys.readouterr().err
+    assert "timed measures times, on a machine that does nothing else: wanted --jobs=1" in capsys.readouterr().err
     with experiments.hold("tiny"), pytest.raises(SystemExit):
         experiments.hold("tiny")
     assert "tiny is being run by another process" in capsys.readouterr().err
@@ -131,6 +134,21 @@ def test_a_cell_that_is_no_run_has_its_own_row(table, monkeypatch):
     kept = [float(row["saved"]) for row in rows.values()]
     assert kept[0] > kept[1] > 8 and [row["table_3"] for row in rows.values()] == ["28", "32"]  # 4 x 8/L_r + 6 L_r
     assert "val_loss" not in rows["sublayers=8,recompute=mhc,L_r=2"]
+
+
+def test_a_row_of_overhead_has_the_median_of_paired_ratios_and_a_prediction_has_a_card(table, monkeypatch):
+    timed = {"baseline": [1.0, 2.0, 1.0], "HC": [1.2, 2.4, 9.0], "mHC eager": [1.1, 2.2, 1.1]}
+    monkeypatch.setattr(bench, "cpu_variants", lambda C: (timed, {}))
+    monkeypatch.setattr(bench, "time_in_turn", lambda variants, rounds: dict(variants))
+    for name in ("blocks", "tokens", "seq_len"):
+        monkeypatch.setattr(bench, name, getattr(bench, name))  # put back afterwards
+    part = lambda least, likely: {"x": roofline.Part(least=least, likely=likely)}  # noqa: E731
+    monkeypatch.setattr(roofline, "by_form", lambda *a: (None, {"mHC": part(1.1, 2.1), "baseline": part(1, 2)}))
+    measured, predicted = (experiments.measure_overhead("", cell, "") for cell in experiments.overhead()[3:8:3])
+    assert (measured["width"], measured["blocks"], measured["HC"], measured["mHC eager"]) == (512, 4, 20, 10)
+    assert (measured["baseline_ms"], measured["rounds"], bench.blocks, measured["HC ±"] > 100) == (1000, 2, 4, True)
+    assert measured["threads"] >= 1 and predicted["config"] == "mhc_3b" and predicted["predicted"] == "H100"
+    assert (predicted["mHC, at the peaks"], predicted["mHC"]) == (10, 5)
 
 
 def test_one_baseline_is_continued_as_itself_and_with_more_streams_from_the_same_loss_and_then_removed(

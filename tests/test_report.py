@@ -247,3 +247,20 @@ def test_the_block_length_with_the_smallest_peak_is_held_against_the_formula(pla
     found = lambda peaks: verdicts.of_memory(section(place, "memory", rows_at(peaks)) and report.read("memory"))  # noqa: E731
     assert found({4: 210, 6: 198, 7: 199})[0][-1] == found({4: 1e3, 5: 1})[0][-1] == "reproduced"
     assert found({4: 1, 6: 198})[0][-1] == "not reproduced"
+
+
+def test_overhead_is_shown_as_measured_and_as_predicted(place):
+    empty = dict.fromkeys(("threads", "rounds", "baseline_ms", "HC", "HC ±", "mHC eager", "mHC eager ±"), "")
+    paper = dict.fromkeys(("mfu", "memory_share", "mHC", "mHC, at the peaks"), "")
+    timed = {"threads": 2, "rounds": 9, "baseline_ms": 100, "HC": 2, "HC ±": 1, "mHC eager": 3.5, "mHC eager ±": 0.5}
+    reckoned = {"mfu": 0.4, "memory_share": 0.8, "mHC": 5.4, "mHC, at the peaks": 8.0}
+    cells = experiments.overhead()
+    rows = {
+        (n := experiments.name_of(c)): {"cell": n, **c, **empty, **paper, **(timed if "width" in c else reckoned)}
+        for c in cells
+    }
+    page = section(place, "overhead", rows)
+    assert "| 1280 | 4 | 2 | 9 | 100 | 2 ± 1 | 3.5 ± 0.5 |" in page and "| mhc_27b | H100 | 5.4 (8.0) |" in page
+    assert "40% of the card's FLOP/s and 80% of its bandwidth" in page
+    (claim,) = verdicts.of_overhead(experiments.read_rows(str(place / "results" / "overhead.csv")))
+    assert claim[2] == "C = 1280: mHC 3.5 ± 0.5 %, HC 2 ± 1 %"

@@ -3,7 +3,6 @@
     python tools/bench.py                                  # lists the subcommands
     python tools/bench.py cpu                              # what HC and mHC add on this CPU: to the demo, to a block
     python tools/bench.py cpu --widths=512 --rounds=15 --profile=True
-    python tools/bench.py memory                           # recomputation: bytes saved, and the peak, by block length
     python tools/bench.py eval                             # 4-choice scoring with and without shared prefixes
     python tools/bench.py generate                         # one more token after 512: with the latent cache and without
     python tools/bench.py step                             # one training step of the demo's model, here and now
@@ -38,17 +37,17 @@ import time
 import torch
 
 import pipeline
-import recompute
 from configurator import above, at_least, between, configure, fail, one_of, read_file
 from layers import MLA, LatentCache, MoE, RMSNorm, rope_angles
 from model import GPT, RESIDUALS, GPTConfig
-from plan import BANDWIDTH, measured_bytes, peak_flops
+from plan import BANDWIDTH, peak_flops
 from tools import kernel_report, pipeline_report, rivals, roofline
 
 # bench.py cpu
 widths = "64,512,1280"  # widths C to time: 64 (a step of the demo), 512 (a small MoE's block), 1280 (the 3B's)
 tokens = 2048  # tokens in the batch of a block
 seq_len = 2048  # tokens in one sequence of a block
+blocks = 0  # blocks in a row, with maps of their own; 0: one, and at width 64 the demo's ten
 impls = "ref,eager"  # of mHC
 rounds = 9  # timed rounds; each times every variant once
 threads = 0  # CPU threads, 0: what torch chooses
@@ -72,14 +71,11 @@ memory_share = 0.8  # and of its memory's bandwidth
 link = 40.0  # GB/s between two stages
 # bench.py roofline: config, card, mfu (here of matrix products alone) and memory_share as above, and
 launch_us = 5.0  # microseconds of the host for one operation
-# bench.py memory
-depths = "24,60"  # sublayers L; 60 is the paper's 27B model
-n_streams = 4
 
 RULES = {
     **dict.fromkeys(("tokens", "seq_len"), at_least(1, 2**20)),
     **dict.fromkeys(("questions", "question_tokens", "choice_tokens"), at_least(1, 10**5)),
-    "threads": at_least(0, 1024), "shot_tokens": at_least(0, 10**5), "n_streams": at_least(1, 64),
+    "threads": at_least(0, 1024), "blocks": at_least(0, 100), "shot_tokens": at_least(0, 10**5),
     "rounds": at_least(2, 10**5), "context": at_least(2, 10**5), "seed": between(0, 2**63 - 1),
     "pipeline_size": at_least(2, 256), "pipeline_schedule": one_of(*pipeline.SCHEDULES),
     "micro_batches": at_least(1, 10**4), "card": one_of(*BANDWIDTH), "link": above(0, 10**5),
@@ -129,6 +125,7 @@ def demo_step(**residual):
     """A function that takes one training step of the demo's model: forward, backward, AdamW. residual: settings."""
     s = runpy.run_path(str(Path(__file__).resolve().parent.parent / "config/demo.py"))
     shape = {k: v for k, v in s.items() if k in GPTConfig.__dataclass_fields__}
+    shape["n_layer"] = blocks or shape["n_layer"]
     model = GPT(GPTConfig(**shape, vocab_size=2048, **residual))
     model.init_weights(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
@@ -154,18 +151,18 @@ SHAPES = {  # what depends on the width; 1280 is the 3B model of Table 5
     512: dict(n_head=8, n_routed_experts=16, moe_intermediate_size=352),
     1280: dict(n_head=16, n_routed_experts=64, moe_intermediate_size=896),
 }
-MIDDLE = 1  # the block that is timed, of three: first and last have maps without effect
+MIDDLE = 1  # the first block that is timed: the model's first and last have maps without effect
 
 
 def block_config(C, **residual):
     return GPTConfig(
-        vocab_size=2, seq_len=seq_len, n_layer=3, n_embd=C, first_k_dense_replace=0, num_experts_per_tok=6,
-        n_shared_experts=2, kv_lora_rank=512, **SHAPES[C], **residual,
+        vocab_size=2, seq_len=seq_len, n_layer=2 + (blocks or 1), n_embd=C, first_k_dense_replace=0,
+        num_experts_per_tok=6, n_shared_experts=2, kv_lora_rank=512, **SHAPES[C], **residual,
     )  # fmt: skip
 
 
-def block_parts(config, make):
-    """The parts of the middle block that `make()` builds, with the values the model's own initialisation gives them.
+def block_parts(config, make, block=MIDDLE):
+    """The parts of a block that `make()` builds, with the values the model's own initialisation gives them.
 
     make(): {name inside the block: module}. Nothing else of the model takes memory.
     """
@@ -174,28 +171,30 @@ def block_parts(config, make):
     parts = make()
     for part, module in parts.items():
         for name, p in module.named_parameters():
-            p.data.copy_(gpt.initial_value(f"layers.{MIDDLE}.{part}.{name}", p.shape, seed))
+            p.data.copy_(gpt.initial_value(f"layers.{block}.{part}.{name}", p.shape, seed))
     return list(parts.values())
 
 
 def block_sublayers(C):
-    """The two pairs (norm, F) that all variants share."""
+    """The pairs (norm, F) that all variants share: two for each block, the same two, since they cost the same."""
     config = block_config(C, residual="baseline")
     attn_norm, attn, mlp_norm, mlp = block_parts(config, lambda: {
         "input_layernorm": RMSNorm(C, config.norm_eps), "self_attn": MLA(config),
         "post_attention_layernorm": RMSNorm(C, config.norm_eps), "mlp": MoE(config),
     })  # fmt: skip
     rope = rope_angles(torch.arange(seq_len).unsqueeze(0), config.qk_rope_head_dim, config.rope_theta)
-    return [(attn_norm, lambda x: attn(x, rope)), (mlp_norm, mlp)], [attn_norm, attn, mlp_norm, mlp]
+    pairs = [(attn_norm, lambda x: attn(x, rope)), (mlp_norm, mlp)]
+    return pairs * (blocks or 1), [attn_norm, attn, mlp_norm, mlp]
 
 
 def make_variant(C, sublayers, **residual):
     """-> (forward, leaves, modules): forward(*leaves) runs the block; the modules' gradients are computed too."""
     config = block_config(C, **residual)
     kind = RESIDUALS[config.residual]
-    residuals = block_parts(config, lambda: {
-        "attn_residual": kind(config, 2 * MIDDLE), "mlp_residual": kind(config, 2 * MIDDLE + 1)
-    })  # fmt: skip
+    residuals = []
+    for i in range(MIDDLE, MIDDLE + (blocks or 1)):
+        make = lambda i=i: {"attn_residual": kind(config, 2 * i), "mlp_residual": kind(config, 2 * i + 1)}  # noqa: E731
+        residuals += block_parts(config, make, i)
     B, n = tokens // seq_len, config.n_streams
     torch.manual_seed(seed)  # the same numbers for every variant of one shape
     leaves = [torch.randn(B, seq_len, n, C), torch.randn(B, seq_len, C)]
@@ -219,7 +218,9 @@ def make_package_variant(C, sublayers):
         from hyper_connections import mHC
     except ModuleNotFoundError:
         return None
-    connections = [mHC(4, dim=C, layer_index=s, sinkhorn_iters=20) for s in (2 * MIDDLE, 2 * MIDDLE + 1)]
+    connections = [
+        mHC(4, dim=C, layer_index=s, sinkhorn_iters=20) for s in range(2 * MIDDLE, 2 * MIDDLE + len(sublayers))
+    ]
 
     def forward(x):
         for connection, (norm, f) in zip(connections, sublayers, strict=True):
@@ -278,18 +279,41 @@ def own_gradients(variant):
     return [v.grad.clone() for v in (*leaves, *(p for module in modules for p in module.parameters()))]
 
 
+def added(values, base):
+    """Percent added to the baseline, one a round: within a round, so that the machine's drift cancels."""
+    return [100 * (v / b - 1) for v, b in zip(values, base, strict=True)]
+
+
+def overhead(C, in_a_row, many, how_many_tokens):
+    """What `cpu` measures, for a row of `experiments.py overhead` -> {name: number}, of variants in percent.
+
+    in_a_row: blocks. Sets this module's settings, and the tokens of a block are those of one sequence."""
+    global blocks, tokens, seq_len
+    blocks, tokens, seq_len = in_a_row, how_many_tokens, how_many_tokens
+    torch.manual_seed(seed)
+    seconds = time_in_turn(demo_variants() if C == DEMO else cpu_variants(C)[0], many)
+    base, found = seconds.pop("baseline"), {"threads": torch.get_num_threads(), "rounds": many}
+    found["baseline_ms"] = round(1e3 * statistics.median(base), 2)
+    for name, values in seconds.items():
+        more = added(values, base)
+        found |= {name: round(statistics.median(more), 2), f"{name} ±": round(spread(more), 2)}
+    return found
+
+
 def print_cpu_table(C, seconds, notes):
-    base, what = seconds["baseline"], f"one block (MLA + MoE), {tokens} tokens of {seq_len}, forward + backward"
+    what = f"{blocks or 1} x one block (MLA + MoE), {tokens} tokens of {seq_len}, forward + backward"
+    base = seconds["baseline"]
     if C == DEMO:
-        what = "a training step of the demo, its own tokens, AdamW included"
+        deep = f"{blocks} blocks of " if blocks else ""
+        what = f"a training step of {deep}the demo, its own tokens, AdamW included"
     print(f"\nC = {C}, n = 4, fp32, {torch.get_num_threads()} threads: {what}")
     print(f"medians of {rounds} rounds in turn, +- half the quartile range")
     print(f"{'':24} {'ms':>8} {'+-':>6} {'added to baseline':>19} {'+-':>6}")
     for name, values in seconds.items():
-        added = [100 * (v / b - 1) for v, b in zip(values, base, strict=True)]  # within a round: drift cancels
+        more = added(values, base)
         line = f"{name:24} {1e3 * statistics.median(values):8.1f} {1e3 * spread(values):6.1f}"
         if name != "baseline":
-            line += f" {statistics.median(added):17.1f} % {spread(added):6.1f}"
+            line += f" {statistics.median(more):17.1f} % {spread(more):6.1f}"
         print(line + f"   {notes.get(name, '')}".rstrip())
 
 
@@ -408,47 +432,6 @@ def generate():
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# bench.py memory: recomputation (Table 3, Eq 20) on a model that is nearly nothing but streams: real depth, thin F
-
-
-def thin_model(L, C=128):
-    """L sublayers of width C whose own activations are small beside the streams."""
-    model = GPT(GPTConfig(vocab_size=32, seq_len=64, n_layer=L // 2, n_embd=C, n_head=1, kv_lora_rank=8,
-                          qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8, intermediate_size=8,
-                          first_k_dense_replace=L // 2, n_streams=n_streams))  # fmt: skip
-    model.init_weights(seed)
-    return model
-
-
-def memory():
-    """Bytes saved for the backward, and its peak, at several block lengths L_r, beside Table 3's formula."""
-    n = n_streams
-    lengths = depths.split(",")
-    if not all(re.fullmatch("[0-9]{1,3}", L) and int(L) > 0 and int(L) % 2 == 0 for L in lengths):
-        fail(
-            f"depths={depths!r}: wanted even numbers from 2 to 998 (a block is two sublayers) with commas between them"
-        )
-    for L in map(int, lengths):
-        model = thin_model(L)
-        idx = torch.randint(32, (1, 64), generator=torch.Generator().manual_seed(seed))
-        unit = 4 * model.config.n_embd * idx.numel()  # C fp32 numbers a token
-        best, peaks = recompute.best_block(L, n), {}
-        print(f"L = {L} sublayers, n = {n}; all in units of C a token. L_r* = {best} (Eq 20)\n"
-              f"  {'recompute':>9} {'L_r':>4} {'saved':>8} {'n ceil(L/L_r) + L':>18} {'peak':>8} "
-              f"{'n ceil(L/L_r) + (n+2) L_r':>26} {'peak - L':>9}")  # fmt: skip
-        blocks = sorted(b for b in {1, 2, 3, *range(max(1, best - 2), best + 4), 2 * best, L} if b <= L)
-        for mode, block in [("none", -1), ("full", -1), *(("mhc", block) for block in blocks)]:
-            block = recompute.apply(model, mode, block)
-            saved, peak = (v / unit for v in measured_bytes(model, idx, idx))
-            kept, cost = n * -(-L // block) + L, recompute.block_cost(L, block, n)
-            line = f"{kept:>18} {peak:8.1f} {cost:>26} {peak - L:9.1f}" if mode == "mhc" else f"{'':>18} {peak:8.1f}"
-            print(f"  {mode:>9} {block:>4} {saved:8.1f} " + line)
-            if mode == "mhc":
-                peaks[block] = peak
-        print(f"  smallest measured peak: L_r = {min(peaks, key=peaks.get)}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # bench.py step, bench.py neighbour: what the waiting of OpenMP's threads costs (see program.py)
 
 
@@ -530,15 +513,32 @@ def simulate_pipeline():
     pipeline_report.report(GPTConfig(**given), pipeline_size, pipeline_schedule, micro_batches, assumed)
 
 
-def print_roofline():
-    """One micro-batch on paper: what each part launches, moves and computes, the least time for it, and the MFU."""
+def settings_of(path):
+    """A config file's settings on top of train.py's; vocab_size must be among them."""
     import train  # for the settings that a config leaves as they are
 
     settings = {k: v for k, v in vars(train).items() if not k.startswith("_") and type(v) in (bool, int, float, str)}
-    settings |= read_file(config)
+    settings |= read_file(path)
     if not settings["vocab_size"]:
-        fail(f"config={config!r}: sets no vocab_size, which is its corpus' then: wanted one that does")
-    roofline.report(config, settings, card, mfu, memory_share, launch_us)
+        fail(f"config={path!r}: sets no vocab_size, which is its corpus' then: wanted one that does")
+    return settings
+
+
+def print_roofline():
+    """One micro-batch on paper: what each part launches, moves and computes, the least time for it, and the MFU."""
+    roofline.report(config, settings_of(config), card, mfu, memory_share, launch_us)
+
+
+def predicted(path, card):
+    """Percent that each form adds to the baseline's micro-batch on a card, on paper -> {name: number}."""
+    _, forms = roofline.by_form(settings_of(path), card, mfu, memory_share)
+    base = sum(forms.pop("baseline").values(), roofline.Part())
+    found = {"mfu": mfu, "memory_share": memory_share}
+    for name, parts in forms.items():
+        total = sum(parts.values(), roofline.Part())
+        found[f"{name}, at the peaks"] = round(100 * (total.least / base.least - 1), 2)
+        found[name] = round(100 * (total.likely / base.likely - 1), 2)
+    return found
 
 
 def kernels():
@@ -561,16 +561,15 @@ def retune():
     kernel_report.main("retune")
 
 
-COMMANDS = {f.__name__: f for f in (cpu, memory, generate, step, rival, neighbour, kernels, traffic, gpu, retune)} | {
+COMMANDS = {f.__name__: f for f in (cpu, generate, step, rival, neighbour, kernels, traffic, gpu, retune)} | {
     "eval": evaluation,
     "pipeline": simulate_pipeline,
     "roofline": print_roofline,
 }
 SETTINGS = {  # what each reads; the others read none
-    "cpu": ("widths", "tokens", "seq_len", "impls", "rounds", "threads", "profile", "seed"),
+    "cpu": ("widths", "tokens", "seq_len", "blocks", "impls", "rounds", "threads", "profile", "seed"),
     "eval": ("questions", "shot_tokens", "question_tokens", "choice_tokens", "rounds", "threads", "seed"),
     "generate": ("context", "rounds", "threads", "seed"),
-    "memory": ("depths", "n_streams", "seed"),
     "step": ("rounds", "threads", "seed"),
     "rival": ("rounds", "threads", "seed"),
     "neighbour": ("rounds",),

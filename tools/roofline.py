@@ -387,14 +387,23 @@ def form_of(config):
     return next((n for n, f in FORMS.items() if all(getattr(config, k) == v for k, v in f.items())), config.residual)
 
 
-def report(path, settings, card, mfu, memory_share, launch_us):
-    """Print the parts of one micro-batch of a run, and what the residual connections add to each other.
-
-    settings: the run's, all of train.py's. card: of plan.BANDWIDTH. launch_us: the host's time for an operation."""
+def by_form(settings, card, mfu, memory_share):
+    """-> the run's GPTConfig, and {form: {part: Part}} of one micro-batch with each kind of residual connection."""
     known = {f.name for f in fields(GPTConfig)}
     config = GPTConfig(**{k: v for k, v in settings.items() if k in known})
     cards = Card.named(card), Card.named(card, mfu, memory_share)
     world = settings["plan_devices"] if settings["parallel"] == "fsdp" and settings["plan_devices"] else 1
+    forms = {form_of(config): config}
+    forms |= {n: replace(config, n_streams=settings["n_streams"], **f) for n, f in FORMS.items() if n not in forms}
+    return config, {name: reckon(config, settings, cards, world) for name, config in forms.items()}
+
+
+def report(path, settings, card, mfu, memory_share, launch_us):
+    """Print the parts of one micro-batch of a run, and what the residual connections add to each other.
+
+    settings: the run's, all of train.py's. card: of plan.BANDWIDTH. launch_us: the host's time for an operation."""
+    cards = Card.named(card), Card.named(card, mfu, memory_share)
+    config, parts = by_form(settings, card, mfu, memory_share)
     tokens = settings["micro_batch_size"] * settings["seq_len"]
     print(f"a reckoning, nothing was run: {path}, one micro-batch of {tokens} tokens on one {card}, "
           f"{settings['dtype']}, recompute={settings['recompute']!r}, not compiled\n"
@@ -403,9 +412,6 @@ def report(path, settings, card, mfu, memory_share, launch_us):
     for name, as_with in (("head_loss", "chunked"), ("fp8", False)):
         if settings.get(name, as_with) != as_with:
             print(f"{name}={settings[name]!r}: reckoned as with {as_with!r}")
-    forms = {form_of(config): config}
-    forms |= {n: replace(config, n_streams=settings["n_streams"], **f) for n, f in FORMS.items() if n not in forms}
-    parts = {name: reckon(config, settings, cards, world) for name, config in forms.items()}
     mine, totals = form_of(config), {name: sum(p.values(), Part()) for name, p in parts.items()}
     print_parts(parts[mine], totals[mine], mine)
     with torch.device("meta"):

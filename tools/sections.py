@@ -240,6 +240,36 @@ def upcycling(rows):
     return f"{text}\n\n{table(header, lines)}", fig
 
 
+# -- 6.7 % -------------------------------------------------------------------------------------------------------------
+
+
+def overhead(rows):
+    """What each form adds to the baseline's time: measured on this CPU, and reckoned for a GPU that was not there."""
+    timed, on_paper = ([r for r in rows.values() if r.get(k)] for k in ("width", "predicted"))
+    forms = [k for k in next(iter(rows.values())) if f"{k} ±" in next(iter(rows.values()))]
+    shown = ("width", "blocks", "threads", "rounds", "baseline_ms")
+    lines = [[*(r[k] for k in shown), *(f"{r[f]} ± {r[f'{f} ±']}" if r[f] else "–" for f in forms)] for r in timed]
+    text = (
+        "Percent added to the baseline's time, forward and backward, n = 4, fp32: medians of rounds in which each form "
+        "takes its turn, ± half the quartile range. Width 64 is a training step of the demo's shape."
+    )
+    parts = [text, table(["width", "blocks", "threads", "rounds", "baseline, ms", *forms], lines)]
+    return "\n\n".join(parts + predicted(on_paper)), None
+
+
+def predicted(rows):
+    """The lines of `overhead` that are a reckoning."""
+    if not rows:
+        return []
+    names = [k for k in rows[0] if f"{k}, at the peaks" in rows[0]]
+    lines = [[r["config"], r["predicted"], *(f"{r[n]} ({r[f'{n}, at the peaks']})" for n in names)] for r in rows]
+    share = (
+        f"{float(rows[0]['mfu']):.0%} of the card's FLOP/s and {float(rows[0]['memory_share']):.0%} of its bandwidth"
+    )
+    text = f"A prediction, nothing of it ran: a micro-batch reckoned at {share} (in brackets, at all of both)."
+    return [text, table(["", "card", *names], lines)]
+
+
 # -- Table 3 -----------------------------------------------------------------------------------------------------------
 
 
@@ -260,4 +290,4 @@ def memory(rows):
     return "\n\n".join((text, table(header, lines), "\n".join(best))), None
 
 
-SECTIONS = {f.__name__: f for f in (tune, sizes, decides, depth, ablation, choices, upcycling, memory)}
+SECTIONS = {f.__name__: f for f in (tune, sizes, decides, depth, ablation, choices, upcycling, overhead, memory)}
