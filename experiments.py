@@ -260,7 +260,8 @@ EXPERIMENTS = {
     "memory": Experiment("Table 3: what is kept, and is L_r* the best?", memory, row=measure_memory),
 }
 ELSEWHERE = {  # not a grid of short runs
-    "downstream": "python experiments.py sizes --keep=True; python eval.py RUN RUN --tasks=all",
+    "downstream": "python prepare_data.py --dataset=eval --tasks=small; "
+    "python experiments.py sizes --keep=True; python eval.py RUN RUN --tasks=small",
 }
 QUICK = dict(max_steps=10, warmup_steps=2, eval_interval=10, eval_sequences=8)
 

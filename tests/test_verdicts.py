@@ -45,7 +45,8 @@ def test_sizes_judge_the_order_at_each_size_and_the_gap_at_the_largest(judge):
     assert found[FIG_6][2] == "reproduced, at toy size" and "largest less smallest −1.93 ± 0.01" in found[FIG_6][0]
     assert judge("sizes", sized({"hc": [0.3, 0.2, 0.3], "mhc": [0.2] * 3}))[ORDER][2] == "not reproduced, at toy size"
     assert judge("sizes", sized({"hc": [0.3, 0.1, 0.3], "mhc": [0.2] * 3}))[ORDER][2] == "in part, at toy size"
-    assert judge("sizes", sized({"mhc": [0.3, 0.2, 0.1]}))[FIG_6][2] == "in part, at toy size"
+    assert judge("sizes", sized({"mhc": [0.3, 0.2, 0.16]}))[FIG_6][2] == "in part: it shrinks, at toy size"
+    assert judge("sizes", sized({"mhc": [0.3, 0.2, 0.28]}))[FIG_6][2] == "reproduced, at toy size"
     worse = judge("sizes", sized({"mhc": [0.3, 0.2, -0.1]}))
     assert worse[FIG_6][2] == "not reproduced, at toy size" and worse[AHEAD][2] == "in part, at toy size"
 
