@@ -11,7 +11,9 @@ The arithmetic is cheap; the time goes into moving the nC numbers of every token
 - One autograd function a boundary. Autograd over the twin keeps and sums (T, n, n, C) products and adds three
   gradients of x_next, each in memory; here the backward is written out, and every sum is made where its terms are read.
 - It works in tiles: all steps of a pass run over a block of tokens that stays in cache, and scratch memory is a
-  tile, not a tensor (fresh pages of memory cost as much as the arithmetic).
+  tile, not a tensor (fresh pages of memory cost as much as the arithmetic). The maps are a few numbers a token and are
+  made of all tokens at once, between two passes over the streams: H_pre is known only then. Single-pass mHC has it
+  before, and needs one pass.
 - Two halves that know nothing of each other. The streams: products of rows of x with phi and with n x n matrices. The
   maps: what makes H_pre, H_post, H_res of a token out of its projections, a few dozen numbers, tokens innermost. HC,
   and mHC on another manifold than Sinkhorn's, have another function for the maps, and leave its gradient to autograd.
@@ -34,7 +36,7 @@ from torch.autograd.function import once_differentiable
 
 from mhc_ref import hc_maps_ref, map_dtype, mhc_maps_ref
 
-TILE_BYTES = 8 << 20  # of x in a tile: smaller ones pay more for starting operations than the L2 cache gives back
+TILE_BYTES = 2 << 20  # of x in a tile: smaller ones pay more for starting operations than the caches give back
 # Tokens with a logit beyond +-LARGE go by logarithms. Up to there entries of M start within e^+-40; sums of up to
 # n e^40 divide them, and the e^-80 / n that may be left is well inside fp32's smallest 1e-38.
 LARGE = 40.0
@@ -47,25 +49,14 @@ def column(v):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Sinkhorn, on (n, n, T). Half step k divides by sums over dim k % 2: T_c (columns sum to 1) for even k, T_r for odd.
+# Sinkhorn, on (n, n, T). An iteration makes the sums over dim 0 equal to 1 (T_c), then those over dim 1 (T_r).
 
 
 def sinkhorn(logits, sinkhorn_iters):
     """Eq 9: logits (n, n, T) -> H_res (n, n, T)."""
-
-    def direct(logits):
-        M = logits.exp()
-        for k in range(2 * sinkhorn_iters):
-            M /= M.sum(k % 2, keepdim=True)
-        return M
-
-    def by_log(logits):
-        log_M = logits
-        for k in range(2 * sinkhorn_iters):
-            log_M = log_M.log_softmax(k % 2)
-        return log_M.exp()
-
-    return by_size(direct, by_log, logits)
+    if logits.device.type != "cpu":
+        return by_log(logits, sinkhorn_iters)  # asking another device for its largest value would wait for it
+    return replace_large(direct(logits, sinkhorn_iters)[0], by_log, logits, sinkhorn_iters)
 
 
 def sinkhorn_backward(g_H, logits, sinkhorn_iters):
@@ -73,42 +64,61 @@ def sinkhorn_backward(g_H, logits, sinkhorn_iters):
 
     g is the gradient of log M throughout. A half step takes log(sum of M) from log M, so g loses M times the sum of g.
     """
-
-    def direct(logits, g_H):
-        M, sums = logits.exp(), []
-        for k in range(2 * sinkhorn_iters):
-            sums.append(M.sum(k % 2, keepdim=True))
-            M /= sums[-1]
-        g = g_H * M
-        for k in reversed(range(2 * sinkhorn_iters)):
-            g.addcmul_(M, g.sum(k % 2, keepdim=True), value=-1)
-            M *= sums[k]  # as it was before the half step
-        return g
-
-    def by_log(logits, g_H):
-        log_M = [logits]
-        for k in range(2 * sinkhorn_iters):
-            log_M.append(log_M[-1].log_softmax(k % 2))
-        g = g_H * log_M[-1].exp()
-        for k in reversed(range(2 * sinkhorn_iters)):
-            g = log_softmax_backward(g, log_M[k + 1], k % 2, g.dtype)
-        return g
-
-    return by_size(direct, by_log, logits, g_H)
-
-
-def by_size(direct, by_log, logits, *others):
-    """direct(logits, *others), and by_log for the tokens with large logits: no token's result depends on another's."""
     if logits.device.type != "cpu":
-        return by_log(logits, *others)  # asking another device for a value would wait for it
+        return by_log_backward(logits, sinkhorn_iters, g_H)
+    M, sums = direct(logits, sinkhorn_iters)
+    g = g_H * M
+    for columns, rows in reversed(list(half_steps(sums))):
+        g.addcmul_(M, g.sum(1, keepdim=True), value=-1)
+        M *= rows  # as it was before the half step
+        g.addcmul_(M, g.sum(0, keepdim=True), value=-1)
+        M *= columns
+    return replace_large(g, by_log_backward, logits, sinkhorn_iters, g_H)
+
+
+def direct(logits, sinkhorn_iters):
+    """sinkhorn on M itself -> M (n, n, T), and all that it was divided by, (sinkhorn_iters, 2, n, T)."""
+    M, sums = logits.exp(), logits.new_empty(sinkhorn_iters, 2, *logits.shape[1:])
+    for columns, rows in half_steps(sums):
+        M /= torch.sum(M, 0, keepdim=True, out=columns)
+        M /= torch.sum(M, 1, keepdim=True, out=rows)
+    return M, sums
+
+
+def half_steps(sums):
+    """For each iteration, the sums of columns (1, n, T) and those of rows (n, 1, T)."""
+    return zip(sums[:, 0].unsqueeze(1), sums[:, 1].unsqueeze(2), strict=True)
+
+
+def by_log(logits, sinkhorn_iters):
+    """sinkhorn on log M: for logits of any size."""
+    log_M = logits
+    for k in range(2 * sinkhorn_iters):
+        log_M = log_M.log_softmax(k % 2)
+    return log_M.exp()
+
+
+def by_log_backward(logits, sinkhorn_iters, g_H):
+    """Its backward, through a replay of all iterations."""
+    log_M = [logits]
+    for k in range(2 * sinkhorn_iters):
+        log_M.append(log_M[-1].log_softmax(k % 2))
+    g = g_H * log_M[-1].exp()
+    for k in reversed(range(2 * sinkhorn_iters)):
+        g = log_softmax_backward(g, log_M[k + 1], k % 2, g.dtype)
+    return g
+
+
+def replace_large(result, function, logits, sinkhorn_iters, *others):
+    """result (n, n, T) with the tokens that have large logits made again by function(logits, sinkhorn_iters, *others).
+
+    No token's result depends on another's.
+    """
     low, high = logits.aminmax() if logits.numel() else (0, 0)
     if -LARGE <= low and high <= LARGE:
-        return direct(logits, *others)
+        return result
     large = logits.abs().amax((0, 1)) > LARGE  # (T,)
-    if large.all():
-        return by_log(logits, *others)
-    result = direct(logits, *others)
-    result[..., large] = by_log(*(v[..., large] for v in (logits, *others)))
+    result[..., large] = function(logits[..., large], sinkhorn_iters, *(v[..., large] for v in others))
     return result
 
 
@@ -120,14 +130,14 @@ def logits_of(proj, r, alpha, b, n):
     """Eq 16: proj (K, T), r (T,) -> logits (K, T), the factor alpha of each of them (K, 1), and proj / r."""
     factor = column(torch.cat([alpha[0].expand(n), alpha[1].expand(n), alpha[2].expand(n * n)]))
     unit = proj * r.reciprocal()  # T divisions, not K T of them
-    return torch.addcmul(column(b), factor, unit), factor, unit
+    return (unit * factor).add_(column(b)), factor, unit
 
 
 def mhc_maps(proj, r, alpha, b, n, sinkhorn_iters):
     """Eq 16-19: proj (K, T), r (T,) -> H_pre (T, n), H_post (T, n), H_res (T, n, n)."""
     pre, post, res = logits_of(proj, r, alpha, b, n)[0].split([n, n, n * n])
     H_res = sinkhorn(res.unflatten(0, (n, n)), sinkhorn_iters)
-    return pre.sigmoid().t(), 2 * post.sigmoid().t(), H_res.permute(2, 0, 1)
+    return pre.sigmoid().t(), post.sigmoid().mul_(2).t(), H_res.permute(2, 0, 1).contiguous()
 
 
 def mhc_maps_backward(g_pre, g_post, g_res, proj, r, alpha, b, n, sinkhorn_iters):
@@ -146,10 +156,10 @@ def mhc_maps_backward(g_pre, g_post, g_res, proj, r, alpha, b, n, sinkhorn_iters
     if g_res is not None:
         g_res, res = g_res.permute(1, 2, 0).contiguous(), logits[2 * n :].unflatten(0, (n, n))  # (n, n, T)
         g[2 * n :] = sinkhorn_backward(g_res, res, sinkhorn_iters).flatten(0, 1)
-    through_unit = unit.mul_(g)
-    g_alpha = torch.stack([part.sum() for part in through_unit.sum(1).split([n, n, n * n])])
-    g_half_square = -(through_unit.t() @ factor[:, 0]) / r.square()  # r divides every logit; d(r^2 / 2) = r dr
-    return gates[:n].t(), (g * factor).mul_(r.reciprocal()), g_half_square, g_alpha, g.sum(1)
+    g_alpha = torch.stack([part.sum() for part in (g * unit).sum(1).split([n, n, n * n])])
+    g_unit, inverse = g * factor, r.reciprocal()
+    g_half_square = -unit.mul_(g_unit).sum(0) * inverse.square()  # r divides every logit; d(r^2 / 2) = r dr
+    return gates[:n].t(), g_unit * inverse, g_half_square, g_alpha, g.sum(1)
 
 
 def by_autograd(maps):
@@ -203,9 +213,9 @@ def weighted_sum(x, H, out):
         out.copy_(total)
 
 
-def dot(x, y):
-    """x (T, n, C), y (T, C) -> (T, n): the product of y with each stream."""
-    return torch.linalg.vecdot(x, y.unsqueeze(1))
+def dot(x, y, scratch):
+    """x (T, n, C), y (T, C) -> (T, n): the product of y with each stream. scratch: like x; of use in x's dtype."""
+    return torch.mul(x, y.unsqueeze(1), out=scratch if scratch.dtype == x.dtype else None).sum(-1)
 
 
 def post_res_tile(x, y, H_post, H_res, out):
@@ -218,10 +228,10 @@ def post_res_tile(x, y, H_post, H_res, out):
 
 def post_res_tile_backward(g, x, y, H_post, H_res, g_x, g_y, g_H_post, g_H_res):
     """Eq 3 backward on a tile: from g, the gradient of x_next, fill the last four."""
-    bmm_into(g_x, H_res.mT, g)
+    g_H_post.copy_(dot(g, y, scratch=g_x))  # which is filled thereafter
     weighted_sum(g, H_post, g_y)
-    g_H_post.copy_(dot(g, y))
     bmm_into(g_H_res, g, x.mT)
+    bmm_into(g_x, H_res.mT, g)
 
 
 class PostRes(Function):
@@ -264,8 +274,7 @@ class Step(Function):
         (T, n, C), (W, K) = x.shape, phi.shape
         dtype, R = map_dtype(x), n * C // W  # R rows of width W a token
         x_next = x if y is None else torch.empty_like(x)
-        x_in = x.new_empty(T, C)
-        proj, r, *new = (x.new_empty(s, dtype=dtype) for s in ((K, T * R), T * R, (T, n), (T, n), (T, n, n)))
+        x_in, proj, r = x.new_empty(T, C), x.new_empty(K, T * R, dtype=dtype), x.new_empty(T * R, dtype=dtype)
         phi_t, *wide = phi.to(dtype).t().contiguous(), *(p.to(dtype) for p in params)
         with torch.autocast(x.device.type, enabled=False):
             for s in tiles(x, dtype):
@@ -274,11 +283,16 @@ class Step(Function):
                 streams = x_next[s].to(dtype)  # as rounded: what a replay from the stored x_next sees
                 v, rows = streams.view(-1, W), slice(R * s.start, R * s.stop)
                 torch.mm(phi_t, v.t(), out=proj[:, rows])  # Eq 14
-                r[rows] = (torch.linalg.vector_norm(v, dim=1).square() / W + eps).sqrt()  # Eq 15
-                for H, made in zip(new, maps(proj[:, rows], r[rows], *wide), strict=True):
-                    H[s] = made
-                weighted_sum(streams, (new[0] if H_pre is None else H_pre)[s].to(dtype), x_in[s])
-        ctx.save_for_backward(x, y, H_post, H_res, H_pre, x_next, proj, r, phi, *params)
+                torch.linalg.vector_norm(v, dim=1, out=r[rows])
+                if H_pre is not None:  # while the tile is in cache
+                    weighted_sum(streams, H_pre[s].to(dtype), x_in[s])
+            r.square_().div_(W).add_(eps).sqrt_()  # Eq 15
+            new = maps(proj, r, *wide)
+            if H_pre is not None:
+                new = new[0].contiguous(), *new[1:]  # a pipeline sends it, and its gradient, to another stage
+            for s in tiles(x, dtype) if H_pre is None else ():
+                weighted_sum(x_next[s].to(dtype), new[0][s], x_in[s])
+        ctx.save_for_backward(x, y, H_post, H_res, H_pre, x_next, phi, proj, r, *params)
         ctx.maps_backward = maps_backward
         ctx.set_materialize_grads(False)  # outputs nobody used have no gradient, and cost nothing
         return x_next, x_in, *new
@@ -286,41 +300,40 @@ class Step(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, g_next, g_in, g_pre, g_post, g_res):
-        x, y, H_post, H_res, H_pre, x_next, proj, r, phi, *params = ctx.saved_tensors
-        (_, n, C), W = x.shape, len(phi)
+        x, y, H_post, H_res, H_pre, x_next, phi, proj, r, *params = ctx.saved_tensors
+        (T, n, C), W = x.shape, len(phi)
         dtype, R = map_dtype(x), n * C // W
         grads = [torch.empty_like(v) for v in ((x,) if y is None else (x, y, H_post, H_res))]
-        g_H_pre = None if H_pre is None or g_in is None else torch.empty_like(H_pre)
-        wide = [p.to(dtype) for p in params]
-        g_params = [torch.zeros_like(p) for p in wide]
+        g_read = None if g_in is None else x.new_empty(n, T, dtype=dtype).t()  # of the H_pre that made x_in
         phi_t = phi.to(dtype).t().contiguous()
         g_phi = torch.zeros_like(phi_t)  # (K, W): faster this way round
         with torch.autocast(x.device.type, enabled=False):
+            if H_pre is None and g_in is not None:
+                for s in tiles(x, dtype):
+                    g_read[s] = dot(*cut(s, dtype, x_next, g_in), scratch=grads[0][s])  # it is filled later
+            g_maps = (g_read if H_pre is None else g_pre), g_post, g_res
+            wide = [p.to(dtype) for p in params]
+            made, g_proj, g_half_square, *g_params = ctx.maps_backward(*g_maps, proj, r, *wide)
             for s in tiles(x, dtype):
-                streams, tile_in, tile_pre, *g_maps = cut(s, dtype, x_next, g_in, H_pre, g_pre, g_post, g_res)
-                if g_in is not None and H_pre is None:
-                    g_maps[0] = dot(streams, tile_in)
-                elif g_in is not None:
-                    g_H_pre[s] = dot(streams, tile_in)
+                streams, tile_in, g, H = cut(s, dtype, x_next, g_in, g_next, made if H_pre is None else H_pre)
+                if H_pre is not None and g_in is not None:
+                    g_read[s] = dot(streams, tile_in, scratch=grads[0][s])
                 v, rows = streams.view(-1, W), slice(R * s.start, R * s.stop)
-                made, g_proj, g_half_square, *g_tile = ctx.maps_backward(*g_maps, proj[:, rows], r[rows], *wide)
-                for total, g in zip(g_params, g_tile, strict=True):
-                    total += g  # tile after tile: a fixed order
-                g_phi.addmm_(g_proj, v)
-                norm = column(g_half_square / W)
+                g_phi.addmm_(g_proj[:, rows], v)  # tile after tile: a fixed order
                 # the gradient of x_next: through Eq 15 and from the boundary after the next sublayer,
-                g = norm * v if g_next is None else torch.addcmul(g_next[s].to(dtype).reshape(-1, W), norm, v)
-                g = g.addmm_(g_proj.t(), phi_t).reshape(-1, n, C)  # through Eq 14,
+                norm = column(g_half_square[rows] / W)
+                g = norm * v if g is None else torch.addcmul(g.reshape(-1, W), norm, v)
+                g = g.addmm_(g_proj[:, rows].t(), phi_t).reshape(-1, n, C)  # through Eq 14,
                 if g_in is not None:  # and through x_in
-                    g.addcmul_(column(made if H_pre is None else tile_pre), tile_in.unsqueeze(1))
+                    g.addcmul_(column(H), tile_in.unsqueeze(1))
                 if y is None:
                     grads[0][s] = g
                 else:
                     g = g.to(x.dtype).to(dtype)  # rounded as between two operations: see recompute.py
                     post_res_tile_backward(g, *cut(s, dtype, x, y, H_post, H_res), *(v[s] for v in grads))
-        grads += [None] * (4 - len(grads))
+        grads += [None] * (4 - len(grads)) + [None if H_pre is None or g_in is None else g_read.contiguous()]
         g_params = (g.to(p.dtype) for g, p in zip(g_params, params, strict=True))
-        return *grads, g_H_pre, g_phi.t().to(phi.dtype), None, None, None, *g_params
+        return *grads, g_phi.t().to(phi.dtype), None, None, None, *g_params
 
 
 # ----------------------------------------------------------------------------------------------------------------------
