@@ -54,8 +54,8 @@ def column(v):
 
 def sinkhorn(logits, sinkhorn_iters):
     """Eq 9: logits (n, n, T) -> H_res (n, n, T)."""
-    if logits.device.type != "cpu":
-        return by_log(logits, sinkhorn_iters)  # asking another device for its largest value would wait for it
+    if not may_ask(logits):
+        return by_log(logits, sinkhorn_iters)
     return replace_large(direct(logits, sinkhorn_iters)[0], by_log, logits, sinkhorn_iters)
 
 
@@ -64,7 +64,7 @@ def sinkhorn_backward(g_H, logits, sinkhorn_iters):
 
     g is the gradient of log M throughout. A half step takes log(sum of M) from log M, so g loses M times the sum of g.
     """
-    if logits.device.type != "cpu":
+    if not may_ask(logits):
         return by_log_backward(logits, sinkhorn_iters, g_H)
     M, sums = direct(logits, sinkhorn_iters)
     g = g_H * M
@@ -74,6 +74,11 @@ def sinkhorn_backward(g_H, logits, sinkhorn_iters):
         g.addcmul_(M, g.sum(0, keepdim=True), value=-1)
         M *= columns
     return replace_large(g, by_log_backward, logits, sinkhorn_iters, g_H)
+
+
+def may_ask(v):
+    """Whether to ask for its largest value: another device would have to be waited for."""
+    return v.device.type == "cpu"
 
 
 def direct(logits, sinkhorn_iters):
