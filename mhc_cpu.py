@@ -54,9 +54,7 @@ def column(v):
 
 def sinkhorn(logits, sinkhorn_iters):
     """Eq 9: logits (n, n, T) -> H_res (n, n, T)."""
-    if not may_ask(logits):
-        return by_log(logits, sinkhorn_iters)
-    return replace_large(direct(logits, sinkhorn_iters)[0], by_log, logits, sinkhorn_iters)
+    return by_size(lambda *args: direct(*args)[0], by_log, logits, sinkhorn_iters)
 
 
 def sinkhorn_backward(g_H, logits, sinkhorn_iters):
@@ -64,21 +62,7 @@ def sinkhorn_backward(g_H, logits, sinkhorn_iters):
 
     g is the gradient of log M throughout. A half step takes log(sum of M) from log M, so g loses M times the sum of g.
     """
-    if not may_ask(logits):
-        return by_log_backward(logits, sinkhorn_iters, g_H)
-    M, sums = direct(logits, sinkhorn_iters)
-    g = g_H * M
-    for columns, rows in reversed(list(half_steps(sums))):
-        g.addcmul_(M, g.sum(1, keepdim=True), value=-1)
-        M *= rows  # as it was before the half step
-        g.addcmul_(M, g.sum(0, keepdim=True), value=-1)
-        M *= columns
-    return replace_large(g, by_log_backward, logits, sinkhorn_iters, g_H)
-
-
-def may_ask(v):
-    """Whether to ask for its largest value: another device would have to be waited for."""
-    return v.device.type == "cpu"
+    return by_size(direct_backward, by_log_backward, logits, sinkhorn_iters, g_H)
 
 
 def direct(logits, sinkhorn_iters):
@@ -88,6 +72,17 @@ def direct(logits, sinkhorn_iters):
         M /= torch.sum(M, 0, keepdim=True, out=columns)
         M /= torch.sum(M, 1, keepdim=True, out=rows)
     return M, sums
+
+
+def direct_backward(logits, sinkhorn_iters, g_H):
+    M, sums = direct(logits, sinkhorn_iters)
+    g = g_H * M
+    for columns, rows in reversed(list(half_steps(sums))):
+        g.addcmul_(M, g.sum(1, keepdim=True), value=-1)
+        M *= rows  # as it was before the half step
+        g.addcmul_(M, g.sum(0, keepdim=True), value=-1)
+        M *= columns
+    return g
 
 
 def half_steps(sums):
@@ -104,7 +99,7 @@ def by_log(logits, sinkhorn_iters):
 
 
 def by_log_backward(logits, sinkhorn_iters, g_H):
-    """Its backward, through a replay of all iterations."""
+    """sinkhorn_backward on log M."""
     log_M = [logits]
     for k in range(2 * sinkhorn_iters):
         log_M.append(log_M[-1].log_softmax(k % 2))
@@ -114,16 +109,21 @@ def by_log_backward(logits, sinkhorn_iters, g_H):
     return g
 
 
-def replace_large(result, function, logits, sinkhorn_iters, *others):
-    """result (n, n, T) with the tokens that have large logits made again by function(logits, sinkhorn_iters, *others).
+def by_size(direct, by_log, logits, sinkhorn_iters, *others):
+    """direct(logits, sinkhorn_iters, *others), and by_log for the tokens with large logits.
 
     No token's result depends on another's.
     """
+    if logits.device.type != "cpu":
+        return by_log(logits, sinkhorn_iters, *others)  # asking another device for a value would wait for it
     low, high = logits.aminmax() if logits.numel() else (0, 0)
     if -LARGE <= low and high <= LARGE:
-        return result
+        return direct(logits, sinkhorn_iters, *others)
     large = logits.abs().amax((0, 1)) > LARGE  # (T,)
-    result[..., large] = function(logits[..., large], sinkhorn_iters, *(v[..., large] for v in others))
+    if large.all():
+        return by_log(logits, sinkhorn_iters, *others)
+    result = direct(logits, sinkhorn_iters, *others)
+    result[..., large] = by_log(logits[..., large], sinkhorn_iters, *(v[..., large] for v in others))
     return result
 
 

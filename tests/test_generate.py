@@ -157,7 +157,7 @@ def test_a_graph_of_a_token_has_fixed_shapes_and_gives_the_same_text(residual, m
     """As on a GPU, with the step run anew where a graph would be replayed: prompts of all lengths, rows that end at
     different times, graphs that are outgrown."""
     model = make_model(residual=residual)
-    monkeypatch.setattr(mhc_cpu, "may_ask", lambda v: False)  # a CPU alone is asked
+    monkeypatch.setattr(mhc_cpu, "by_size", lambda direct, by_log, *args: by_log(*args))  # a CPU alone is asked
     stop = generate(model, PROMPTS * 2, 25, 1.0, seeds=range(8))[0][4]
     wanted = generate(model, PROMPTS * 2, 25, 1.0, seeds=range(8), stop=stop)
     init = loop.Decoder.__init__

@@ -337,7 +337,7 @@ def without_values(gpt):
 @pytest.mark.parametrize("residual", ["baseline", "hc", "mhc"])
 def test_a_step_never_waits_for_the_device(residual, monkeypatch):
     """Fakes fail whatever asks for a value: item, tolist, bincount, nonzero. (CUDA fakes need a CUDA build.)"""
-    monkeypatch.setattr(mhc_cpu, "may_ask", lambda v: False)  # a CPU alone is asked
+    monkeypatch.setattr(mhc_cpu, "by_size", lambda direct, by_log, *args: by_log(*args))  # a CPU alone is asked
     with torch.device("meta"):
         gpt = GPT(GPTConfig(**TINY | {"residual": residual, "impl": "eager"}))
     with FakeTensorMode():
@@ -349,7 +349,7 @@ def test_a_step_never_waits_for_the_device(residual, monkeypatch):
 @pytest.mark.parametrize("residual", ["baseline", "hc", "mhc"])
 def test_decoding_never_waits_for_the_device(residual, monkeypatch):
     """Prompt, two tokens behind it, the rows that go on: on fakes. What waits is left to whoever picks the tokens."""
-    monkeypatch.setattr(mhc_cpu, "may_ask", lambda v: False)
+    monkeypatch.setattr(mhc_cpu, "by_size", lambda direct, by_log, *args: by_log(*args))
     with torch.device("meta"):
         gpt = GPT(GPTConfig(**TINY | {"residual": residual, "impl": "eager"})).eval()
     with FakeTensorMode(), torch.no_grad():
