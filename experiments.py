@@ -81,9 +81,9 @@ def demo():
     ]
 
 
-# 0.32M, 0.62M and 1.2M parameters, and tokens in proportion to the active ones: 123k, 215k, 410k
+# 0.3M, 0.6M and 1M parameters, and tokens in proportion to the active ones: 123k, 215k, 328k
 SMALL, MIDDLE = {"n_layer": 4, "n_embd": 32, "max_steps": 60}, {"n_layer": 6, "n_embd": 48, "max_steps": 105}
-LARGE = {"n_layer": 10}  # the demo's
+LARGE = {"n_layer": 8, "max_steps": 160}
 SIZES = [SMALL, MIDDLE, LARGE]
 KINDS = [
     {"residual": "baseline"},
@@ -118,21 +118,22 @@ def sizes():
     return cells
 
 
+SHORT = SMALL | {"lr": 12e-3}  # a rate that suits all kinds there
 HC_AND_MHC = grid(residual="hc") + grid(residual="mhc", maps_init=["home", "paper"])
 
 
 def decides():
     """What decides HC against mHC, beside the rate and the start of `rates`: length, alpha (and `depth`)."""
-    kinds, lengths = HC_AND_MHC[:2], [MIDDLE, MIDDLE | {"max_steps": 4 * MIDDLE["max_steps"]}]
-    cells = [length | k | {"maps_lr_scale": scale} for length in lengths for scale in (1, 100) for k in kinds]
-    cells += [MIDDLE | alpha | k | {"maps_lr_scale": 1} for alpha in grid(alpha_init=[0.1, 1.0]) for k in kinds]
+    kinds, lengths = HC_AND_MHC[:2], [SHORT, SHORT | {"max_steps": 4 * SHORT["max_steps"]}]
+    cells = [length | k | {"maps_lr_scale": scale} for length in lengths for scale in (1, 10, 100) for k in kinds]
+    cells += [SHORT | alpha | k | {"maps_lr_scale": 1} for alpha in grid(alpha_init=[0.1, 1.0]) for k in kinds]
     baselines = [length | {"residual": "baseline"} for length in lengths]  # alpha is nothing to it
     return [cell | {"seed": seed} for cell in baselines + cells for seed in SEEDS]
 
 
 def depth():
     """8 to 96 sublayers, at the paper's rate and one at which HC is in trouble."""
-    thin = {"n_embd": 32, "max_steps": 40}
+    thin = {"n_embd": 32, "batch_size": 8, "micro_batch_size": 8, "max_steps": 30}
     return [
         thin | {"n_layer": n} | k | c
         for n in (4, 12, 24, 48)
@@ -188,7 +189,8 @@ def measure_memory(config, cell, folder):
 def upcycling():
     """A trained baseline continued for as many tokens again: as it is, and with more streams."""
     kinds = grid(residual="baseline") + grid(residual="mhc", maps_lr_scale=[100, 1])
-    return [MIDDLE | kind | {"seed": s} for kind in kinds + grid(residual="hc", maps_lr_scale=[1, 10]) for s in SEEDS]
+    kinds += grid(residual="hc", maps_lr_scale=[1, 10])
+    return [SHORT | kind | {"seed": seed} for seed in SEEDS for kind in kinds]
 
 
 parents = collections.defaultdict(threading.Lock)  # {folder: who trains it}

@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from configurator import read_file
-from experiments import DEMO, KINDS, MIDDLE, SIZES, rated
+from experiments import DEMO, KINDS, SIZES, SMALL, rated
 from experiments import name_of as cell_name
 from model import GPTConfig
 from tools.depth import depth
@@ -226,7 +226,7 @@ def upcycling(rows):
         lines.append([name, len(some), *(mean_se(v.values()) for v in (starts(some), loss)), less, peak])
     header = ["continued as", "seeds", "loss at the start", "at the end", "less the baseline's", "peak gain"]
     text = (
-        f"A baseline ({size_name(tuple(MIDDLE.items()))}, {MIDDLE['max_steps']} steps), and as many steps again from "
+        f"A baseline ({size_name(tuple(SMALL.items()))}, {SMALL['max_steps']} steps), and as many steps again from "
         "its weights, with a new optimizer, on the same data for all. One baseline's starts are at most "
         f"{apart_at_start(rows):.0e} apart."
     )
