@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from layers import MoE
+from layers import MoE, padded_rows
 
 ROWS = 16  # of every operand's sides, and of an expert's rows
 E4M3 = torch.float8_e4m3fn
@@ -60,24 +60,10 @@ def apply(model, device, gather=False):
 def run_experts(experts, grouped_mm, x, ends):
     """Experts.forward with its three products in FP8. x (M, C) sorted by expert, ends (E,) int32 -> (M, C)."""
     x, (gate, up, down) = experts.in_one_dtype(x)
-    at, padded, ends = padded_rows(len(x), ends)
+    at, padded, ends = padded_rows(len(x), ends, ROWS)
     x = x.new_zeros(padded, x.shape[1]).index_copy(0, at, x)
     hidden = F.silu(grouped_mm(x, gate.transpose(1, 2), ends)) * grouped_mm(x, up.transpose(1, 2), ends)
     return grouped_mm(hidden, down.transpose(1, 2), ends).index_select(0, at)
-
-
-def padded_rows(M, ends):
-    """M rows by expert, ends (E,) -> where each goes (M,) among how many, and ends, if experts have multiples of ROWS.
-
-    How many is for the worst division, so that it is known without asking the device; rows behind the last end are of
-    no expert."""
-    sizes = ends.diff(prepend=ends.new_zeros(1))
-    padded = (sizes + ROWS - 1) // ROWS * ROWS
-    new = padded.cumsum(0)
-    expert = torch.searchsorted(ends, torch.arange(M, dtype=ends.dtype, device=ends.device), right=True)  # of each row
-    shift = (new - padded) - (ends - sizes)
-    most = (M + len(ends) * (ROWS - 1) + ROWS - 1) // ROWS * ROWS
-    return torch.arange(M, device=ends.device) + shift[expert], most, new.to(torch.int32)
 
 
 def grouped(x, w_t, ends):

@@ -241,6 +241,41 @@ class Combine(torch.autograd.Function):
         return g.flatten(0, 1).index_select(0, ctx.saved_tensors[0]), None, None, None
 
 
+def padded_rows(M, ends, multiple):
+    """M rows by expert, ends (E,) -> where each goes (M,) among how many, and ends, if each expert has a multiple.
+
+    How many is for the worst division, so that it is known without asking the device; rows behind the last end are of
+    no expert."""
+    sizes = ends.diff(prepend=ends.new_zeros(1))
+    padded = (sizes + multiple - 1) // multiple * multiple
+    new = padded.cumsum(0)
+    expert = torch.searchsorted(ends, torch.arange(M, dtype=ends.dtype, device=ends.device), right=True)  # of each row
+    shift = (new - padded) - (ends - sizes)
+    most = (M + len(ends) * (multiple - 1) + multiple - 1) // multiple * multiple
+    return torch.arange(M, device=ends.device) + shift[expert], most, new.to(torch.int32)
+
+
+class BlockProduct(torch.autograd.Function):
+    """x (P, R, K) times the transpose of each block's matrix, w[expert] with w (E, N, K) -> (P, R, N).
+
+    The matrices are gathered, once for each block: memory is paid for not asking the device how many rows an expert
+    has. w's gradient is a product too, since a gather's backward would add with atomics on a GPU, in any order.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, expert):
+        ctx.save_for_backward(x, w, expert)
+        return x @ w[expert].transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, g):
+        x, w, expert = ctx.saved_tensors
+        of = torch.arange(len(w), device=w.device).unsqueeze(1) == expert  # (E, P)
+        d_w = of.to(g.dtype) @ (g.transpose(1, 2) @ x).flatten(1)  # (E, P) (P, N*K)
+        return g @ w[expert], d_w.view_as(w), None
+
+
 class Experts(nn.Module):
     """The routed experts' SwiGLUs, each weight stacked over experts: (E, out, in)."""
 
@@ -262,19 +297,20 @@ class Experts(nn.Module):
         """x (M, C), rows sorted by expert; ends (E,) int32: the row behind each expert's last -> (M, C)."""
         x, weights = self.in_one_dtype(x)
         if not grouped_mm_takes(x, *weights):
-            return self.one_by_one(x, ends, *weights)
+            return self.in_blocks(x, ends, *weights)
         gate_proj, up_proj, down_proj = (w.transpose(1, 2) for w in weights)
         hidden = F.silu(F.grouped_mm(x, gate_proj, offs=ends)) * F.grouped_mm(x, up_proj, offs=ends)
         return F.grouped_mm(hidden, down_proj, offs=ends)
 
-    @torch.compiler.disable  # it would be compiled anew for every division of the rows
-    def one_by_one(self, x, ends, *weights):
-        """For what grouped_mm does not take: fp64, fp16, fp32 on a GPU, odd widths. Waits once for the device."""
-        sizes = ends.diff(prepend=ends.new_zeros(1)).tolist()
-        rows = zip(x.split(sizes), *(w.unbind(0) for w in weights), strict=True)
-        return torch.cat(
-            [F.linear(F.silu(F.linear(x_e, gate)) * F.linear(x_e, up), down) for x_e, gate, up, down in rows]
-        )
+    def in_blocks(self, x, ends, gate_proj, up_proj, down_proj, rows=64):
+        """For what grouped_mm does not take: fp64, fp16, fp32 on a GPU, odd widths. Blocks of rows of one expert."""
+        at, padded, ends = padded_rows(len(x), ends, rows)
+        first = torch.arange(0, padded, rows, dtype=ends.dtype, device=ends.device)  # (P,): the first row of each block
+        expert = torch.searchsorted(ends, first, right=True).clamp(max=len(ends) - 1)
+        x = x.new_zeros(padded, x.shape[1]).index_copy(0, at, x).unflatten(0, (-1, rows))  # (P, rows, C)
+        product = BlockProduct.apply
+        hidden = F.silu(product(x, gate_proj, expert)) * product(x, up_proj, expert)
+        return product(hidden, down_proj, expert).flatten(0, 1).index_select(0, at)
 
 
 class MoE(nn.Module):

@@ -141,11 +141,20 @@ def test_experts_without_tokens_in_every_dtype(dtype, width):
     torch.testing.assert_close(experts(x, torch.tensor([0, 5, 5, 9], dtype=torch.int32)), want)
 
 
-def test_experts_that_grouped_mm_does_not_take_wait_for_the_device_once(monkeypatch):
-    experts, waits, tolist = Experts(GPTConfig(**TINY | {"n_embd": 10})).double(), [], torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda t: waits.append(t) or tolist(t))
-    experts(torch.randn(9, 10, dtype=torch.float64), torch.tensor([0, 5, 5, 9], dtype=torch.int32)).sum().backward()
-    assert len(waits) == 1
+@pytest.mark.parametrize("sizes", [[5, 0, 64, 3], [0, 0, 0, 130], [1, 65, 0, 0]])
+def test_products_in_blocks_are_those_one_by_one(sizes):
+    """Values and gradients, with experts that have no row, a whole block, one row more than that."""
+    experts = Experts(GPTConfig(n_embd=10, n_routed_experts=4, moe_intermediate_size=6)).double()
+    for p in experts.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    x, g = torch.randn(2, sum(sizes), 10, dtype=torch.float64)
+    leaves = [x.requires_grad_(), *experts.parameters()]
+    rows = zip(x.split(sizes), experts.gate_proj, experts.up_proj, experts.down_proj, strict=True)
+    want = torch.cat([(F.silu(r @ gate.T) * (r @ up.T)) @ down.T for r, gate, up, down in rows])
+    got = experts(x, torch.tensor(sizes).cumsum(0).to(torch.int32))
+    torch.testing.assert_close(got, want)
+    for ours, theirs in zip(*(torch.autograd.grad(y, leaves, g) for y in (got, want)), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_dispatch_and_combine_have_the_gradients_of_index_select():
@@ -324,24 +333,26 @@ def test_autocast_does_not_round_logits_or_loss():
     assert abs(loss.item() / F.cross_entropy(logits, targets).item() - 1) < 1e-6
 
 
-def without_values(gpt):
-    """The model's tensors in bf16 as fakes: they have shapes and no values. Called under FakeTensorMode."""
+def without_values(gpt, dtype=torch.bfloat16):
+    """The model's tensors as fakes: they have shapes and no values. Called under FakeTensorMode."""
     for m in gpt.modules():
         for name, p in m.named_parameters(recurse=False):
-            setattr(m, name, torch.nn.Parameter(torch.empty(p.shape, dtype=torch.bfloat16)))
+            setattr(m, name, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype)))
         for name, t in m.named_buffers(recurse=False):
             setattr(m, name, torch.empty(t.shape, dtype=t.dtype))
     return gpt, torch.empty(2, TINY["seq_len"], dtype=torch.long)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("residual", ["baseline", "hc", "mhc"])
-def test_a_step_never_waits_for_the_device(residual, monkeypatch):
+def test_a_step_never_waits_for_the_device(residual, dtype, monkeypatch):
     """Fakes fail whatever asks for a value: item, tolist, bincount, nonzero. (CUDA fakes need a CUDA build.)"""
+    monkeypatch.setattr(module, "grouped_mm_takes", lambda x, *weights: x.dtype == torch.bfloat16)  # as on a GPU
     monkeypatch.setattr(mhc_cpu, "by_size", lambda direct, by_log, *args: by_log(*args))  # a CPU alone is asked
     with torch.device("meta"):
         gpt = GPT(GPTConfig(**TINY | {"residual": residual, "impl": "eager"}))
     with FakeTensorMode():
-        gpt, idx = without_values(gpt)
+        gpt, idx = without_values(gpt, dtype)
         gpt(idx, idx)[1].backward()
         gpt.update_expert_bias(0.001, gpt.expert_load())
 
