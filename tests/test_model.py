@@ -273,8 +273,9 @@ def pretend_liger(seen):
     return dict(zip(names, (ModuleType(names[0]), ModuleType(names[1]), ops), strict=True))
 
 
+new_torch = pytest.mark.skipif(not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="older than torch 2.13")
 LIBRARIES = [
-    "torch", "liger, pretended",
+    pytest.param("torch", marks=new_torch), "liger, pretended",
     pytest.param("liger", marks=pytest.mark.skipif(not find_spec("liger_kernel"), reason="Liger is not installed")),
 ]  # fmt: skip
 
@@ -309,9 +310,13 @@ def test_every_head_has_the_loss_and_gradients_of_fp64(name, bf16, d_h, d_w, mon
         assert abs(gpt.loss(leaves[0].float(), targets).item() / want.item() - 1) < 1e-6
 
 
-def test_a_head_that_cannot_run_here_is_refused_with_the_way_out(monkeypatch):
+@new_torch
+def test_heads_that_run_everywhere():
     for name in HEAD_LOSSES[:2]:
         check_head_loss(name, "cpu")
+
+
+def test_a_head_that_cannot_run_here_is_refused_with_the_way_out(monkeypatch):
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="head_loss='liger': .*not installed: pip install .*head_loss='chunked'"):
         check_head_loss("liger", "cuda")
@@ -319,7 +324,7 @@ def test_a_head_that_cannot_run_here_is_refused_with_the_way_out(monkeypatch):
     check_head_loss("liger", "cuda")
     with pytest.raises(ValueError, match="head_loss='liger': .*for GPUs and this is 'cpu'; head_loss='chunked'"):
         check_head_loss("liger", "cpu")
-    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions")
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions", raising=False)
     with pytest.raises(ValueError, match="head_loss='torch': wanted torch 2.13, .*'chunked'"):
         check_head_loss("torch", "cuda")
 
@@ -333,46 +338,55 @@ def test_autocast_does_not_round_logits_or_loss():
     assert abs(loss.item() / F.cross_entropy(logits, targets).item() - 1) < 1e-6
 
 
-def without_values(gpt, dtype=torch.bfloat16):
-    """The model's tensors as fakes: they have shapes and no values. Called under FakeTensorMode."""
+def without_values(residual, dtype=torch.bfloat16, device="cpu"):
+    """A model's tensors as fakes: they have shapes and no values. Called under FakeTensorMode. -> model, tokens"""
+    with torch.device("meta"):
+        gpt = GPT(GPTConfig(**TINY | {"residual": residual, "impl": "eager"}))
     for m in gpt.modules():
         for name, p in m.named_parameters(recurse=False):
-            setattr(m, name, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype)))
+            setattr(m, name, torch.nn.Parameter(torch.empty(p.shape, dtype=dtype, device=device)))
         for name, t in m.named_buffers(recurse=False):
-            setattr(m, name, torch.empty(t.shape, dtype=t.dtype))
-    return gpt, torch.empty(2, TINY["seq_len"], dtype=torch.long)
+            setattr(m, name, torch.empty(t.shape, dtype=t.dtype, device=device))
+    return gpt, torch.empty(2, TINY["seq_len"], dtype=torch.long, device=device)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def fake_device(request, monkeypatch):
+    """Of tensors that fail whatever asks for a value: item, tolist, bincount, nonzero. Fakes of CUDA want a CUDA build
+    and no GPU; those of a CPU stand in for them, as they would run on a GPU."""
+    if request.param == "cuda" and not torch.backends.cuda.is_built():
+        pytest.skip("torch is not built for CUDA")
+    if request.param == "cpu":
+        monkeypatch.setattr(module, "grouped_mm_takes", lambda x, *weights: x.dtype == torch.bfloat16)
+        monkeypatch.setattr(mhc_cpu, "by_size", lambda direct, by_log, *args: by_log(*args))  # a CPU alone is asked
+    with FakeTensorMode():
+        yield request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("residual", ["baseline", "hc", "mhc"])
-def test_a_step_never_waits_for_the_device(residual, dtype, monkeypatch):
-    """Fakes fail whatever asks for a value: item, tolist, bincount, nonzero. (CUDA fakes need a CUDA build.)"""
-    monkeypatch.setattr(module, "grouped_mm_takes", lambda x, *weights: x.dtype == torch.bfloat16)  # as on a GPU
-    monkeypatch.setattr(mhc_cpu, "by_size", lambda direct, by_log, *args: by_log(*args))  # a CPU alone is asked
-    with torch.device("meta"):
-        gpt = GPT(GPTConfig(**TINY | {"residual": residual, "impl": "eager"}))
-    with FakeTensorMode():
-        gpt, idx = without_values(gpt, dtype)
-        gpt(idx, idx)[1].backward()
-        gpt.update_expert_bias(0.001, gpt.expert_load())
+def test_a_step_never_waits_for_the_device(residual, dtype, fake_device):
+    gpt, idx = without_values(residual, dtype, fake_device)
+    loss = gpt(idx, idx)[1]
+    if fake_device == "cpu":  # autograd's engine looks for a GPU itself
+        loss.backward()
+    gpt.update_expert_bias(0.001, gpt.expert_load())
 
 
 @pytest.mark.parametrize("residual", ["baseline", "hc", "mhc"])
-def test_decoding_never_waits_for_the_device(residual, monkeypatch):
+@torch.no_grad()
+def test_decoding_never_waits_for_the_device(residual, fake_device):
     """Prompt, two tokens behind it, the rows that go on: on fakes. What waits is left to whoever picks the tokens."""
-    monkeypatch.setattr(mhc_cpu, "by_size", lambda direct, by_log, *args: by_log(*args))
-    with torch.device("meta"):
-        gpt = GPT(GPTConfig(**TINY | {"residual": residual, "impl": "eager"})).eval()
-    with FakeTensorMode(), torch.no_grad():
-        gpt, idx = without_values(gpt)
-        cache = LatentCache(gpt.config, 2, TINY["seq_len"] + 2, dtype=torch.bfloat16)
-        gpt(idx, cache=cache)
-        cache.length = cache.length - 3  # of the padding
-        for rows in (cache, cache.rows(torch.zeros(1, dtype=torch.long), TINY["seq_len"] + 4)):
-            assert gpt(idx[: len(rows.length), :1], cache=rows)[0].shape == (len(rows.length), 1, TINY["vocab_size"])
-            gpt(idx[: len(rows.length), :1], cache=rows)
-        with pytest.raises(ValueError, match=f"the cache has room for {TINY['seq_len'] + 2} positions, wanted"):
-            gpt(idx[:, :1], cache=cache)
+    gpt, idx = without_values(residual, device=fake_device)
+    cache = LatentCache(gpt.eval().config, 2, TINY["seq_len"] + 2, fake_device, torch.bfloat16)
+    gpt(idx, cache=cache)
+    cache.length = cache.length - 3  # of the padding
+    first = torch.zeros(1, dtype=torch.long, device=fake_device)
+    for rows in (cache, cache.rows(first, TINY["seq_len"] + 4)):
+        assert gpt(idx[: len(rows.length), :1], cache=rows)[0].shape == (len(rows.length), 1, TINY["vocab_size"])
+        gpt(idx[: len(rows.length), :1], cache=rows)
+    with pytest.raises(ValueError, match=f"the cache has room for {TINY['seq_len'] + 2} positions, wanted"):
+        gpt(idx[:, :1], cache=cache)
 
 
 @pytest.mark.parametrize("residual", ["baseline", "hc", "mhc"])
