@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -28,7 +30,7 @@ g.SIZES |= dict(C=64, tokens=20, ladder=(16, 32), copy=4096, gemm=64, heads=((24
                 vocab_3b=64, steps=2, train=(4, 4), jobs=2)
 g.settings_of = lambda path: (GPTConfig(**TINY), 1)
 g.TRAIN_FLAGS = [f"--{name}={value}" for name, value in TINY.items() if name != "vocab_size"]
-g.TRAIN_FLAGS += ["--micro_batch_size=2", "--lr=0.05", "--device=cpu", "--warmup_steps=1"]
+g.TRAIN_FLAGS += ["--micro_batch_size=2", "--lr=0.05", "--warmup_steps=1"]
 g.synchronise = lambda: None
 pretended = iter(range(1, 10**6))
 def pretend(f, *_):
@@ -107,7 +109,20 @@ def test_an_unknown_stage_is_refused(tmp_path, monkeypatch, capsys):
     assert "wanted some of versions" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+def test_without_a_gpu_nothing_starts_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_hour.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=7))
+    assert refused(monkeypatch, f"--out={tmp_path}/gpu.json").code == 2
+    assert "wanted a GPU: torch" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_tests_for_a_gpu_are_looked_for_in_no_other_files():
+    """Others import transformers or tokenizers, without which pytest would run none."""
+    names = [Path(path).name for path in gpu_hour.gpu_tests()]
+    assert "test_sinkhorn_kernel.py" in names and "test_convert.py" not in names
+
+
 def test_nothing_starts_when_the_time_is_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_hour, "need_gpu", lambda: None)
     monkeypatch.setattr(gpu_hour, "heard", {"made_by": "mhc", "what": "gpu", "stages": {}})
     assert refused(monkeypatch, f"--out={tmp_path}/gpu.json", "--seconds=0.5", "--stages=versions").code == 1
     (entry,) = json.loads((tmp_path / "gpu.json").read_text())["stages"].values()

@@ -440,6 +440,7 @@ def training():
         entropy = write_corpus(folder / "data", 50257, (batch * n + 64) * 1024)
         run = [sys.executable, "train.py", "config/gpt_124m.py", f"--data_dir={folder}/data", f"--out_dir={folder}/run"]
         run += [f"--batch_size={batch}", f"--max_steps={n}", "--warmup_steps=10", f"--eval_interval={n}"]
+        run += [f"--device={DEVICE}"]  # 'auto' would train on a CPU where the GPU cannot be had
         subprocess.run([*run, "--eval_sequences=16", *TRAIN_FLAGS], cwd=ROOT, check=True)
         steps = [json.loads(row) for row in (folder / "run/metrics.jsonl").read_text().splitlines()]
     losses = [r["loss"] for r in steps if r.get("loss") is not None]
@@ -459,7 +460,7 @@ def tests():
         say(what="pytest -m gpu", note="pytest is not installed here: NOT RUN")
         return
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *TESTS]
+    run = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *(TESTS or gpu_tests())]
     process = subprocess.Popen(run, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     rows = []
     for row in process.stdout:
@@ -470,7 +471,12 @@ def tests():
         raise RuntimeError(f"pytest -m gpu ended with exit code {process.returncode}")
 
 
-TESTS = ["tests"]
+TESTS = []  # a test has its own
+
+
+def gpu_tests():
+    """The files that have tests for a GPU; others import what may not be installed here."""
+    return sorted(str(path) for path in (ROOT / "tests").glob("test_*.py") if "DEVICES" in path.read_text())
 
 
 def retune():
@@ -566,6 +572,16 @@ def is_ours(path):
         return False
 
 
+def need_gpu():
+    """Asked by another process: this one must not have touched the GPU when it forks."""
+    asks = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 7)"
+    if DEVICE == "cuda" and subprocess.run([sys.executable, "-c", asks], stderr=subprocess.DEVNULL).returncode == 7:
+        fail(
+            f"wanted a GPU: torch {torch.__version__} of {sys.executable} finds none (nvidia-smi shows what the driver "
+            "finds; a torch built for CPUs alone finds nothing; make gpu PYTHON=... takes another python3)"
+        )
+
+
 def main():
     global scratch
     configure(globals(), RULES)
@@ -575,6 +591,7 @@ def main():
         fail(f"stages={stages!r}: wanted some of {', '.join(known)}, got {', '.join(map(repr, unknown))}")
     owned.check_place(out)
     owned.check_file(out, is_ours)
+    need_gpu()
     end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory(prefix="mhc_gpu_") as scratch:
         for name in wanted:
