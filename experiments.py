@@ -41,12 +41,13 @@ import train
 from configurator import at_least, configure, fail, read_file
 from model import CHOICES, GPT, RESIDUALS, GPTConfig
 from owned import whole_file, write_json
-from records import METRIC, anything, each, read_bytes, read_json, read_lines
+from records import METRIC, anything, each, integer, number, read_bytes, read_json, read_lines, string
 
 jobs = 1  # cells at a time, a thread each
 quick = False  # 10 steps and 2 seeds a cell, into out/experiments/quick: to see that it runs
 keep = False  # keep the run folders
 only = ""  # run only cells in whose names all of these words stand, separated by spaces: 'residual=hc seed=2'
+eval_dir = "data/eval"  # the rows of downstream's tasks: prepare_data.py --dataset=eval
 results = "results"  # folder of the CSV files
 runs = "out/experiments"  # folder of the run folders
 
@@ -218,6 +219,34 @@ def continue_baseline(config, cell, folder):
     return run_cell(config, cell, folder, seed=cell["seed"] + 1000, **as_converted)
 
 
+ASKED = ("blimp", "hellaswag", "piqa")  # of evals/: what can be asked of a small model, without examples
+
+
+def downstream():
+    """The models of `sizes` at its largest size."""
+    return [cell for cell in sizes() if LARGE.items() <= cell.items()]
+
+
+def score(config, cell, folder):
+    """-> the row of a cell of `downstream`, None if it was stopped: right answers in percent, of how many, by chance.
+
+    The model is the one of `sizes` if that was run with keep=True; else it is trained here."""
+    kept = os.path.join(os.path.dirname(os.path.dirname(folder)), "sizes", name_of(cell))
+    trained, scores = kept if os.path.exists(os.path.join(kept, MARK)) else folder, f"{folder},scores"
+    if run_cell(config, cell, trained) is None:
+        return None
+    claim(folder, cell)
+    flags = [f"--tasks={','.join(ASKED)}", "--shots=0", "--limit=1000", f"--eval_dir={eval_dir}", f"--out_dir={scores}"]
+    if call(["eval.py", trained, *flags], cell, folder) is None:
+        return None
+    row = {"cell": name_of(cell), **cell, "commit": train.commit()}
+    for r in read_json(os.path.join(scores, "results.json"), {"records": [SCORED]})["records"]:
+        row |= {r["task"]: round(100 * r["metrics"]["acc"]["value"], 2), f"{r['task']} of": r["n"],
+                f"{r['task']} by chance": round(100 * r["random"]["acc"], 2)}  # fmt: skip
+    owned.remove(scores, "results")
+    return row
+
+
 def overhead():
     """6.7 %: what HC and mHC add to the time of a few blocks on this CPU, and on paper to a micro-batch on an H100."""
     on_paper = grid(predicted="H100", config=["mhc_3b", "mhc_9b", "mhc_27b"])
@@ -259,12 +288,12 @@ EXPERIMENTS = {
     "overhead": Experiment(
         "6.7 %: what do HC and mHC add to a step's time?", overhead, row=measure_overhead, alone=True
     ),
+    "downstream": Experiment(
+        "Table 4: who is ahead in benchmarks that a small model can be asked?", downstream, row=score
+    ),
     "memory": Experiment("Table 3: what is kept, and is L_r* the best?", memory, row=measure_memory),
 }
-ELSEWHERE = {  # not a grid of short runs
-    "downstream": "python prepare_data.py --dataset=eval --tasks=small; "
-    "python experiments.py sizes --keep=True; python eval.py RUN RUN --tasks=small",
-}
+SCORED = {"task": string(), "n": integer(1), "random": {"acc": number()}, "metrics": {"acc": {"value": number()}}}
 QUICK = dict(max_steps=10, warmup_steps=2, eval_interval=10, eval_sequences=8)
 
 
@@ -520,8 +549,6 @@ def overview():
     for name, experiment in EXPERIMENTS.items():
         cells, rows = cells_of(name), read_rows(os.path.join(results, f"{experiment.file or name}.csv"))
         print(f"{name:<10} {sum(n in rows for n in cells):>4} of {len(cells):>4} cells done   {experiment.question}")
-    for name, command in ELSEWHERE.items():
-        print(f"{name:<10} {command}")
 
 
 def main():
@@ -529,8 +556,6 @@ def main():
     names = [a for a in argv if not a.startswith("-") and not a.endswith(".py")]
     configure(globals(), {"jobs": at_least(1, 1024)}, [a for a in argv if a not in names])
     for name in names:
-        if name in ELSEWHERE:
-            fail(f"{name} is not a grid of runs: {ELSEWHERE[name]}")
         if name not in EXPERIMENTS:
             fail(f"{name!r}: wanted one of {', '.join(EXPERIMENTS)}")
         if EXPERIMENTS[name].alone and jobs > 1:

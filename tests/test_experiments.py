@@ -7,6 +7,8 @@ import sys
 import pytest
 
 import experiments
+import owned
+from experiments import ASKED
 from model import GPTConfig
 from tests.test_resume import TINY, prepare
 from tools import bench, roofline
@@ -173,3 +175,32 @@ def test_one_baseline_is_continued_as_itself_and_with_more_streams_from_the_same
     assert [c[0] for c in curves] == [pytest.approx(ends[0], abs=6e-4)] * 2  # four digits of each
     assert curves[0][1] != curves[1][1] and max(c[1] for c in curves) < ends[0]
     assert not any("seed=2" in name for name in os.listdir(table.parent / "tiny"))  # neither runs nor starts
+
+
+def test_a_model_is_trained_for_its_benchmarks_unless_it_was_kept(table, monkeypatch):
+    asked, call = [], experiments.call
+
+    def pretend(command, cell, folder):
+        if command[0] != "eval.py":
+            return call(command, cell, folder)
+        asked.append(command[1])
+        (place,) = (flag.partition("=")[2] for flag in command if flag.startswith("--out_dir="))
+        owned.make(place, "results", lambda folder: False)
+        records = [{"task": t, "n": 804, "random": {"acc": 0.5}, "metrics": {"acc": {"value": 0.625}}} for t in ASKED]
+        owned.write_json(os.path.join(place, "results.json"), {"records": records})
+        return "results: there"
+
+    monkeypatch.setattr(experiments, "call", pretend)
+    cells = lambda: experiments.grid(residual="baseline", seed=2)  # noqa: E731
+    scored = experiments.Experiment("?", cells, str(table.parents[2] / "tiny.py"), row=experiments.score)
+    monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", scored)
+    kept = str(table.parent / "sizes" / "residual=baseline,seed=2")
+    for keep, trained in ((False, f"{table.parent}/tiny/residual=baseline,seed=2"), (True, kept)):
+        table.unlink(missing_ok=True)
+        if keep:
+            assert experiments.run_cell(scored.config, *cells(), kept)["steps"] == 10
+        assert experiments.run("tiny") == 0 and asked.pop() == trained
+        (row,) = experiments.read_rows(table).values()
+        assert (row["blimp"], row["piqa of"], row["hellaswag by chance"], row["seed"]) == ("62.5", "804", "50.0", "2")
+        assert not any("seed=2" in name for name in os.listdir(table.parent / "tiny"))
+    assert os.path.exists(os.path.join(kept, "metrics.jsonl"))

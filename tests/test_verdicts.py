@@ -3,7 +3,7 @@
 import pytest
 
 import experiments
-from tests.test_report import rows_of
+from tests.test_report import asked, rows_of
 from tools import verdicts
 
 
@@ -25,7 +25,7 @@ def sized(gaps, seeds=(2, 3, 4, 5, 6)):
     cells = [size | kind | {"lr": 3e-3, "seed": seed} for size in experiments.SIZES for kind in experiments.KINDS[:3]
              for seed in seeds]  # fmt: skip
     base = lambda c: 5 + 0.1 * c["seed"]  # noqa: E731
-    gap = lambda c: gaps.get(c["residual"], [0, 0, 0])[[4, 6, 10].index(c["n_layer"])]  # noqa: E731
+    gap = lambda c: gaps.get(c["residual"], [0, 0, 0])[[4, 6, 8].index(c["n_layer"])]  # noqa: E731
     return rows_of(cells, lambda c: base(c) - gap(c) * (1 + 0.01 * c["seed"]), seconds=36)
 
 
@@ -38,10 +38,10 @@ CONTINUED = "a trained baseline is better continued as mHC"
 def test_sizes_judge_the_order_at_each_size_and_the_gap_at_the_largest(judge):
     found = judge("sizes", sized({"hc": [0.1, 0.2, 0.2], "mhc": [0.2, 0.3, 0.3]}))
     assert found[AHEAD] == (
-        "4 layers of 32: −0.208 ± 0.001; 6 layers of 48: −0.312 ± 0.002; 10 layers of 64: −0.312 ± 0.002",
+        "4 layers of 32: −0.208 ± 0.001; 6 layers of 48: −0.312 ± 0.002; 8 layers of 64: −0.312 ± 0.002",
         "0.5 core-hours", "reproduced, at toy size",
     )  # fmt: skip
-    assert found[ORDER][2] == "reproduced, at toy size" and "10 layers of 64: −0.104 ± 0.001" in found[ORDER][0]
+    assert found[ORDER][2] == "reproduced, at toy size" and "8 layers of 64: −0.104 ± 0.001" in found[ORDER][0]
     assert found[FIG_6][2] == "reproduced, at toy size" and "largest less smallest −1.93 ± 0.01" in found[FIG_6][0]
     assert judge("sizes", sized({"hc": [0.3, 0.2, 0.3], "mhc": [0.2] * 3}))[ORDER][2] == "not reproduced, at toy size"
     assert judge("sizes", sized({"hc": [0.3, 0.1, 0.3], "mhc": [0.2] * 3}))[ORDER][2] == "in part, at toy size"
@@ -56,7 +56,7 @@ def test_a_fifth_seed_that_is_missing_anywhere_leaves_a_claim_open(judge):
     lost = next(name for name, row in rows.items() if row["n_layer"] == 6 and row["residual"] == "mhc")
     found = judge("sizes", {name: row for name, row in rows.items() if name != lost})
     assert {found[claim][2] for claim in (AHEAD, ORDER, FIG_6)} == {"open: 4 of 5 seeds"}
-    two = {name: row for name, row in sized({"mhc": [0.2] * 3}).items() if row["n_layer"] != 10}
+    two = {name: row for name, row in sized({"mhc": [0.2] * 3}).items() if row["n_layer"] != 8}
     assert judge("sizes", two)[AHEAD][2] == judge("sizes", two)[FIG_6][2] == "reproduced, at toy size; 2 of 3 sizes"
     one = {name: row for name, row in two.items() if row["n_layer"] == 4}
     assert judge("sizes", one)[FIG_6][2] == "open: two sizes are wanted; 1 of 3 sizes"
@@ -124,3 +124,15 @@ def test_upcycling_says_who_is_ahead_where_all_started_at_one_loss(judge):
     assert "HC × 10 0.000 ± 0.000; starts at most 1e-03 apart" in ours
     assert judged(-0.2)[2] == "behind the baseline, at toy size" and judged(0)[2].startswith("level with")
     assert judged(0.2, apart=0.1)[2] == "open: starts differ"
+
+
+BENCHMARKS = "benchmarks"
+
+
+def test_benchmarks_judge_mHC_against_HC_where_either_is_better_than_chance(judge):
+    ours, _, found = judge("downstream", asked(60, 62))[BENCHMARKS]
+    assert found == "reproduced, at toy size" and ours.startswith("blimp: mHC less HC 2.0 ± 0.0 %; hellaswag: ")
+    assert judge("downstream", asked(62, 60))[BENCHMARKS][2] == "not reproduced, at toy size"
+    assert judge("downstream", asked(50, 53))[BENCHMARKS][2] == "out of reach here: all at chance"
+    assert judge("downstream", asked(50, 53, n=10000))[BENCHMARKS][2] == "reproduced, at toy size"
+    assert judge("downstream", {})[BENCHMARKS] == ("not run yet", "–", "open")

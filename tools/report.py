@@ -33,7 +33,7 @@ from experiments import DEMO, EXPERIMENTS, read_rows, results
 from records import read_bytes
 from tools import rates, sections
 from tools.rates import COLORS, KINDS, NAMES, SCALES, finish, losses
-from tools.rows import floats, mean_se, paired, pick, span, table, values
+from tools.rows import floats, mean_se, paired, pick, shared, span, table, values
 from tools.verdicts import not_run, verdicts
 
 out = "REPORT.md"
@@ -128,6 +128,8 @@ def section(name):
         return f"{title}\n\n{not_run(name)}"
     text, fig = sections.SECTIONS[name](rows)
     done = f"{len(rows)} of {len(EXPERIMENTS[name].cells())} cells."
+    if all_have := shared(rows):
+        done += f" All: {all_have}."
     if fig:
         save(fig, name)
         text += f"\n\n![{name}]({os.path.join(assets, f'{name}.png')})"

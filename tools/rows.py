@@ -80,6 +80,12 @@ def varying(rows):
     return [k for k in VARYING if len({row.get(k) or "" for row in rows.values()}) > 1]
 
 
+def shared(rows):
+    """'n_layer = 6, lr = 0.012': the settings that all rows have, with one value."""
+    first = next(iter(rows.values()))
+    return ", ".join(f"{k} = {first[k]}" for k in VARYING if first.get(k) and k not in varying(rows))
+
+
 def groups(rows):
     """{settings that vary, without the seed, as a tuple of pairs: {seed: row}}, in the order of the rows."""
     found, names = {}, varying(rows)

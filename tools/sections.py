@@ -1,6 +1,7 @@
 """REPORT.md's sections of the experiments after `rates`: each takes its rows, and gives a text and a figure or None."""
 
 import itertools
+import math
 import statistics
 from functools import cache
 
@@ -8,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from configurator import read_file
-from experiments import DEMO, KINDS, SIZES, SMALL, rated
+from experiments import ASKED, DEMO, KINDS, LARGE, SIZES, SMALL, rated
 from experiments import name_of as cell_name
 from model import GPTConfig
 from tools.depth import depth
@@ -240,6 +241,40 @@ def upcycling(rows):
     return f"{text}\n\n{table(header, lines)}", fig
 
 
+# -- benchmarks --------------------------------------------------------------------------------------------------------
+
+
+def right(rows, task, kind):
+    """{seed: right answers in percent}"""
+    return values(at_size(rows, LARGE, kind), task)
+
+
+def above_chance(rows, task, kind):
+    """By more than two standard errors: of seeds, and of so many answers guessed at random, the same for all seeds."""
+    some = list(right(rows, task, kind).values())
+    if len(some) < 2:
+        return False
+    chance, n = (float(next(iter(rows.values()))[f"{task} {of}"]) for of in ("by chance", "of"))
+    error = math.hypot(statistics.stdev(some) / len(some) ** 0.5, (chance * (100 - chance) / n) ** 0.5)
+    return statistics.mean(some) - chance > 2 * error
+
+
+def downstream(rows):
+    """Table 4 in small."""
+    lines, first = [], next(iter(rows.values()))
+    there = [kind for kind in KINDS if at_size(rows, LARGE, kind)]
+    for task in ASKED:
+        cells = [mean_se(right(rows, task, kind).values(), 1) for kind in there]
+        marks = ["*" if above_chance(rows, task, kind) else "" for kind in there]
+        lines.append([task, first[f"{task} of"], first[f"{task} by chance"],
+                      *(cell + mark for cell, mark in zip(cells, marks, strict=True))])  # fmt: skip
+    text = (
+        f"Right answers in percent, by the models of `sizes` at {size_name(tuple(LARGE.items()))}; no examples in the "
+        "prompt. *: above chance, by more than two standard errors of seeds and of items together."
+    )
+    return text + "\n\n" + table(["task", "items", "by chance", *map(name_of, there)], lines), None
+
+
 # -- 6.7 % -------------------------------------------------------------------------------------------------------------
 
 
@@ -290,4 +325,6 @@ def memory(rows):
     return "\n\n".join((text, table(header, lines), "\n".join(best))), None
 
 
-SECTIONS = {f.__name__: f for f in (tune, sizes, decides, depth, ablation, choices, upcycling, overhead, memory)}
+SECTIONS = {
+    f.__name__: f for f in (tune, sizes, decides, depth, ablation, choices, upcycling, downstream, overhead, memory)
+}
