@@ -203,6 +203,11 @@ def test_what_decides_ablation_and_choices_are_paired_by_seed(place):
     cells = experiments.decides()
     page = section(place, "decides", rows_of(cells, loss, gain_peak=lambda c: 1e9 if c["residual"] == "hc" else 1))
     assert "| max_steps=240 | × 100 | 5 | −0.100 ± 0.000 | – | 1e+09 |" in page
+    worth = {"res": 0.1, "pre": 0.02, "post": 0.03}
+    fewer = lambda c: loss(c) - sum(v for k, v in worth.items() if k in c.get("learned_maps", ""))  # noqa: E731
+    page = section(place, "ablation", rows_of(experiments.ablation(), fewer))
+    assert "- HC × 1: res alone −0.400 ± 0.000, pre beside res −0.020 ± 0.000, post beside pre and res −0.030" in page
+    assert "- mHC × 100: post alone −0.230 ± 0.000, res beside post −0.100 ± 0.000, pre beside post −0.020" in page
     page = section(place, "ablation", rows_of(experiments.ablation(), loss))
     assert "−0.300 ± 0.000" in page and "−0.200 ± 0.000" in page and "0.000 ± 0.000" in page
     worse = rows_of(experiments.choices(), lambda c: loss(c) + 0.05 * (c.get("manifold", "sinkhorn") != "sinkhorn"))

@@ -187,7 +187,32 @@ def decides(rows):
 
 def ablation(rows):
     base = loss_of(rows, **BASELINE)
-    return grid_table(rows, [("less the baseline's", lambda some: paired(values(some, "val_loss"), base))]), None
+    page = grid_table(rows, [("less the baseline's", lambda some: paired(values(some, "val_loss"), base))])
+    return f"{page}\n\n{of_each_map(rows)}", None
+
+
+ADDED = {  # (the maps that are learned, and those with one more)
+    "hc": [("", "res"), ("res", "pre,res"), ("pre,res", "pre,post,res")],
+    "mhc": [("", "post"), ("post", "post,res"), ("post", "pre,post"), ("pre,post", "pre,post,res")],
+}
+
+
+def of_each_map(rows):
+    """What it brings to learn one map more; the baseline learns none."""
+
+    def loss(maps):
+        learned = {"residual": residual, "maps_lr_scale": scale, "learned_maps": maps}
+        return loss_of(rows, **(learned if maps else BASELINE))
+
+    lines = []
+    for residual, scale in itertools.product(ADDED, (1, 100)):
+        said = []
+        for before, after in ADDED[residual]:
+            (more,) = set(after.split(",")) - set(before.split(","))
+            beside = f" beside {before.replace(',', ' and ')}" if before else " alone"
+            said += [f"{more}{beside} {paired(loss(after), loss(before))}"] if loss(after) else []
+        lines += [f"- {'HC' if residual == 'hc' else 'mHC'} × {scale}: {', '.join(said)}."] if said else []
+    return "\n".join(lines)
 
 
 def choices(rows):
