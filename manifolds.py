@@ -21,14 +21,11 @@ The first logits are near the identity. Those that are learned are not exactly t
 flat at the identity (a sigmoid or softmax saturates, a square has no slope at 0): H_res would get no gradient.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
-import torch.nn.functional as F
 
 from mhc_ref import map_dtype, sinkhorn_ref
 
@@ -45,15 +42,21 @@ def identity(logits, n):
     return torch.eye(n, dtype=map_dtype(logits), device=logits.device).expand(*logits.shape[:-1], n, n)
 
 
-@cache
-def all_orders(n):
-    return list(itertools.permutations(range(n)))  # in lexicographic order: the identity is the first
+def all_permutations(n, device):
+    """(n!, n, n), in lexicographic order, the identity first. Made on the device: a copy to it would wait each time."""
+    k, rows = torch.arange(math.factorial(n), device=device), []
+    free = torch.ones(len(k), n, dtype=torch.bool, device=device)  # columns without a one
+    for i in range(n):
+        which = k // math.factorial(n - 1 - i) % (n - i)  # of the free ones: k's digits in the factorial base
+        rows.append(free & (free.cumsum(1) == which.unsqueeze(1) + 1))
+        free = free & ~rows[-1]
+    return torch.stack(rows, 1)
 
 
 def permutations(logits, n):
     """mHC-lite: H_res = sum_k softmax(logits)_k P_k over all n! permutations, P_k[i, j] = 1 where order_k[i] = j."""
     logits = logits.to(map_dtype(logits))
-    P = F.one_hot(torch.tensor(all_orders(n), device=logits.device), n).to(logits.dtype)  # (n!, n, n)
+    P = all_permutations(n, logits.device).to(logits.dtype)
     return torch.einsum("...k,kij->...ij", logits.softmax(-1), P)
 
 
@@ -83,7 +86,7 @@ def orthostochastic(logits, n):
     A[..., i, j] = logits.to(A.dtype)
     A = A - A.mT
     eye = torch.eye(M, dtype=A.dtype, device=A.device)
-    Q = torch.linalg.solve(eye + A, eye - A)  # the two factors commute
+    Q = torch.linalg.solve_ex(eye + A, eye - A)[0]  # the two factors commute; `solve` waits, to look for an error
     Q = 1.5 * Q - 0.5 * Q @ (Q.mT @ Q)
     return Q.square().unflatten(-1, (n, BLOCK)).unflatten(-3, (n, BLOCK)).sum((-3, -1)) / BLOCK
 

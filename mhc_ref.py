@@ -42,11 +42,10 @@ def mhc_maps_ref(proj, r, alpha, b, n, sinkhorn_iters=20, manifold=None):
     manifold: what takes the place of Sinkhorn, if anything: a function of the K logits of H_res (..., K) that returns
     H_res (..., n, n); proj and b then have 2n + K columns.
     """
-    scale = alpha.to(proj.dtype).repeat_interleave(
-        torch.tensor([n, n, len(b) - 2 * n], device=proj.device), output_size=len(b)
-    )
+    sizes = n, n, len(b) - 2 * n
+    scale = torch.cat([a.expand(size) for a, size in zip(alpha.to(proj.dtype), sizes, strict=True)])
     logits = scale / r * proj + b.to(proj.dtype)  # Eq 16: dividing after the matmul is the RMSNorm
-    pre, post, res = logits.split([n, n, len(b) - 2 * n], -1)
+    pre, post, res = logits.split(sizes, -1)
     if manifold is None:
         H_res = sinkhorn_ref(res.unflatten(-1, (n, n)), sinkhorn_iters)  # Eq 19     (..., n, n)
     else:

@@ -17,7 +17,7 @@ num_experts_per_tok = 4
 moe_intermediate_size = 384
 intermediate_size = 8 * 384
 batch_size = 480  # 491,520 tokens a step
-micro_batch_size = 16
+micro_batch_size = 16  # 21 GB by --dry_run=True, for a card of 24; 0 takes as many as are reckoned to fit this one
 max_steps = 20_000  # 9.8B tokens
 warmup_steps = 500
 lr = 1.2e-3

@@ -109,9 +109,9 @@ def continue_rows(runner, h, cache, budget, pick, take):
 class Decoder:
     """A token more behind every row of a cache: Decoder(runner, cache)(R tokens) -> the model's output (R, C).
 
-    On a GPU in bf16 a token is one CUDA graph instead of thousands of launches. Its shapes are fixed: attention looks
-    at REACH positions at a time, those not written yet masked, and a graph is made anew when they are full.
-    Where experts wait for the device (never_waits), which a graph cannot, there is none.
+    On a GPU a token is one CUDA graph instead of thousands of launches. Its shapes are fixed: attention looks at REACH
+    positions at a time, those not written yet masked, and a graph is made anew when they are full. Where experts wait
+    for the device (never_waits), which a graph cannot, there is none.
     """
 
     REACH = 256
@@ -150,11 +150,11 @@ class Decoder:
 
 
 def never_waits(config, dtype):
-    """Whether a token of this model runs on this GPU without waiting for it: experts in bf16, of widths that torch's
-    grouped product takes, on Hopper or newer; elsewhere that is a loop over the experts on the host."""
+    """Whether a token of this model runs on this GPU without waiting for it. torch's grouped product, which takes
+    experts in bf16 of aligned widths, is a loop on the host before Hopper; all others go by blocks (layers.py)."""
     aligned = config.n_embd % 8 == 0 and config.moe_intermediate_size % 8 == 0
-    grouped = dtype == torch.bfloat16 and aligned and torch.cuda.get_device_capability() >= (9, 0)
-    return dtype == torch.bfloat16 and (grouped or not config.has_moe)
+    grouped = config.has_moe and dtype == torch.bfloat16 and aligned
+    return not grouped or torch.cuda.get_device_capability() >= (9, 0)
 
 
 def captured(step, undo):

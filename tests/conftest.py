@@ -21,3 +21,5 @@ def pytest_collection_modifyitems(config, items):
         gpu = [item for item in items if item.get_closest_marker("gpu")]  # keywords hold folders too
         config.hook.pytest_deselected(items=gpu)
         items[:] = [item for item in items if item not in gpu]
+    share, of = map(int, os.environ.get("SHARE_OF_TESTS", "0/1").split("/"))  # tools/gpu_hour.py
+    items[:] = items[share::of]

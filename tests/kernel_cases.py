@@ -50,7 +50,7 @@ def outputs_and_grads(f, tensors, dtype=None, use=None, seed=1):
     outs = f(*tensors)
     outs = outs if isinstance(outs, tuple) else (outs,)
     gen = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(o.shape, generator=gen).to(o.dtype).to(o) for o in outs]
+    weights = [torch.randn(o.shape, generator=gen).to(torch.bfloat16).to(o) for o in outs]  # exact in every dtype
     used = [(o, w) for i, (o, w) in enumerate(zip(outs, weights, strict=True)) if use is None or i in use]
     torch.autograd.backward([o for o, _ in used], [w for _, w in used])
     return [o.detach() for o in outs] + [t.grad for t in tensors if t is not None]

@@ -173,8 +173,8 @@ def test_a_graph_of_a_token_has_fixed_shapes_and_gives_the_same_text(residual, m
 @pytest.mark.parametrize(
     "changes, dtype, capability, graph",
     [
-        ({}, torch.bfloat16, (9, 0), True), ({}, torch.bfloat16, (8, 0), False), ({}, torch.float32, (9, 0), False),
-        ({"moe_intermediate_size": 12}, torch.bfloat16, (9, 0), False),
+        ({}, torch.bfloat16, (9, 0), True), ({}, torch.bfloat16, (8, 0), False), ({}, torch.float32, (8, 0), True),
+        ({"moe_intermediate_size": 12}, torch.bfloat16, (8, 0), True),
         ({"first_k_dense_replace": 2}, torch.bfloat16, (8, 0), True),
     ],
 )  # fmt: skip

@@ -7,12 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import checkpoint
 import plan
 import recompute
 from gains import alarms, gains, heat_maps, res_gradients, stream_spread
-from manifolds import MANIFOLDS, check_manifold
+from manifolds import MANIFOLDS, all_permutations, check_manifold
+from mhc_ref import mhc_coeffs_ref
 from model import GPT, MHC, GPTConfig
 from parallel import Ranks
 from sample import generate
@@ -188,6 +190,33 @@ def test_refusals_say_what_is_wanted():
 
 
 # -- in the model -----------------------------------------------------------------------------------------------------
+
+
+class Copies(TorchFunctionMode):
+    """Fails where a value of the host's is copied to the device, or waited for: a step would stop there on a GPU."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in (torch.tensor, torch.as_tensor, torch.linalg.solve, torch.linalg.inv), function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("manifold", MANIFOLDS)
+def test_maps_and_their_gradients_copy_nothing_to_the_device(manifold):
+    n, C = 4, 6
+    K = 2 * n + MANIFOLDS[manifold].n_logits(n)
+    phi, b = torch.randn(n * C, K, requires_grad=True), torch.randn(K, requires_grad=True)
+    x, alpha, H_res = torch.randn(5, n, C), torch.randn(3, requires_grad=True), MANIFOLDS[manifold].H_res
+    with Copies():
+        maps = mhc_coeffs_ref(x, phi, alpha, b, manifold=lambda logits: H_res(logits, n))
+        sum(H.square().sum() for H in maps).backward()
+    assert phi.grad.isfinite().all() and alpha.grad[:2].abs().min() > 0
+
+
+def test_all_permutations_in_lexicographic_order():
+    for n in (1, 2, 3, 4):
+        rows = [[row.index(1) for row in P] for P in all_permutations(n, "cpu").int().tolist()]
+        assert rows == [list(order) for order in itertools.permutations(range(n))]
+
 
 SMALL = dict(
     vocab_size=61, seq_len=16, n_layer=2, n_embd=24, n_head=2, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4,

@@ -26,6 +26,7 @@ import gc
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import platform
 import select
@@ -55,7 +56,7 @@ from tools.kernel_report import example, one_hot
 
 out = "gpu.json"  # where the numbers go
 stages = ""  # some of the stages, with commas between; empty: all
-seconds = 530.0  # for all of them
+seconds = 515.0  # for all of them; importing torch comes before
 RULES = {"out": some("a file"), "seconds": above(0, 86400)}
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +64,8 @@ DEVICE = "cuda"
 SIZES = {  # a test makes them small
     "C": 2560, "n": 4, "tokens": 8192, "ladder": (4096, 8192, 16384, 32768), "copy": 2**30, "gemm": 8192,
     "heads": ((192, 128, 16, 4096), (96, 64, 12, 1024)),  # of a query, of a value, how many, tokens
-    "blocks_3b": 3, "vocab_3b": 8192, "micro_batch": 0, "steps": 5, "train": (32, 30), "jobs": os.cpu_count() or 1,
+    "blocks_3b": 3, "vocab_3b": 8192, "micro_batch": 0, "steps": 5, "train": (32, 30),
+    "jobs": min(16, os.cpu_count() or 1),  # processes that compile: each has a context on the GPU
 }  # fmt: skip
 FORMS = {
     "baseline": {"residual": "baseline"}, "HC": {"residual": "hc"}, "mHC": {"residual": "mhc"},
@@ -78,10 +80,11 @@ line = None  # a stage's own end of the pipe to the process that started it
 
 
 def say(**record):
-    """Print a record, and have it kept."""
+    """Print a record, and have it kept; a number that is none is kept as null, which JSON has a word for."""
     print("  " + "  ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in record.items()))
+    kept = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     if line is not None:
-        print(json.dumps(record), file=line, flush=True)
+        print(json.dumps(kept), file=line, flush=True)
 
 
 def said(stage, **having):
@@ -218,17 +221,18 @@ def outputs_and_grads(f, tensors, dtype=None):
     outs = f(*tensors)
     outs = outs if isinstance(outs, tuple) else (outs,)
     gen = torch.Generator().manual_seed(1)
-    weights = [torch.randn(o.shape, generator=gen).to(o.dtype).to(o) for o in outs]
+    weights = [torch.randn(o.shape, generator=gen).to(torch.bfloat16).to(o) for o in outs]  # exact in every dtype
     leaves = [t for t in tensors if t is not None]
-    grads = torch.autograd.grad(outs, leaves, [w.to(o.dtype) for w, o in zip(weights, outs, strict=True)])
+    grads = torch.autograd.grad(outs, leaves, weights)
     return [t.detach() for t in (*outs, *grads)]
 
 
 def worst(got, want):
-    """Largest error, in units of the largest value wanted."""
+    """Largest error, in units of the largest value wanted; infinite where a number is none."""
     if want.numel() == 0:
         return 0.0
-    return ((got.double() - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
+    error = ((got.double() - want).abs().max() / want.abs().max().clamp_min(1e-30)).item()
+    return math.inf if math.isnan(error) else error
 
 
 def check_form(form, step, twin, tensors):
@@ -238,7 +242,7 @@ def check_form(form, step, twin, tensors):
     errors = [(worst(g, e), worst(s, e)) for g, s, e in zip(got, same, exact, strict=True)]
     finite = all(bool(g.isfinite().all()) for g in got)
     good = finite and all(mine <= 2 * its + 1e-6 for mine, its in errors)
-    mine, its = max(errors, key=lambda e: e[0] / (2 * e[1] + 1e-6))
+    mine, its = max(errors, key=lambda e: e[0] / (2 * min(e[1], 1e9) + 1e-6))
     say(what=form, error=mine, of_twin=its, tensors=len(errors), good=good)
     if not good:
         raise RuntimeError(f"error {mine:.2e}, the twin's {its:.2e}, finite: {finite}")
@@ -296,14 +300,21 @@ def flops_per_token(C, n):
     return C * (2 * n * n + 2 * n + 2 * n + 2 * n + 2 * n * (n * n + 2 * n))
 
 
-def rivals(tensors, hc):
+def ours(tensors, hc):
     """{name: (function, its tensors)} of one boundary."""
-    steps = {"mHC": mhc_gpu.mhc_step, "twin compiled": torch.compile(mhc_ref.mhc_step_ref)}
-    found = {name: (lambda *t, f=f: f(*t, 20, 1e-20), tensors) for name, f in steps.items()}
-    found["single-pass"] = (lambda *t: mhc_gpu.mhc_step(*t[:7], 20, 1e-20, t[7]), [*tensors, one_hot(tensors[0])])
-    found["HC"] = (lambda *t: mhc.hc_step(*t, impl="triton"), hc)
-    if kernel_report.has_liger():
-        found["Liger"] = (kernel_report.liger_step, tensors)
+    return {
+        "mHC": (lambda *t: mhc_gpu.mhc_step(*t, 20, 1e-20), tensors),
+        "single-pass": (lambda *t: mhc_gpu.mhc_step(*t[:7], 20, 1e-20, t[7]), [*tensors, one_hot(tensors[0])]),
+        "HC": (lambda *t: mhc.hc_step(*t, impl="triton"), hc),
+    }
+
+
+def rivals(tensors):
+    """Of others. The twin is compiled for one number of tokens, which takes half a minute: not for each."""
+    found = {"Liger": (kernel_report.liger_step, tensors)} if kernel_report.has_liger() else {}
+    if len(tensors[0]) == SIZES["ladder"][1]:
+        twin = torch.compile(mhc_ref.mhc_step_ref, dynamic=False)
+        found["twin compiled"] = (lambda *t: twin(*t, 20, 1e-20), tensors)
     return found
 
 
@@ -325,16 +336,21 @@ def time_boundary(name, step, tensors, T):
 
 
 def kernels():
-    """Times of one boundary by tokens, beside the twin compiled and Liger, as a share of the copy's bandwidth. Bytes
-    are what our kernels ask for: of a rival, what it would have moved had it been ours."""
+    """Times of one boundary by tokens, then of each kernel, then beside Liger and the twin compiled, as a share of the
+    copy's bandwidth. Bytes are what our kernels ask for: of a rival, what it would have moved had it been ours."""
     if not kernel_report.has_liger():
         say(what="Liger", note="is not installed: not timed")
     C, n, failures = SIZES["C"], SIZES["n"], []
-    for T in SIZES["ladder"]:
-        for name, (step, tensors) in rivals(example(C, n, T, device=DEVICE), hc_tensors(C, n, T, "middle")).items():
-            attempt(name, lambda T=T, how=(name, step, tensors): time_boundary(*how, T), failures)
-        gc.collect()
+
+    def time_all(chosen):
+        for T in SIZES["ladder"]:
+            for name, (step, tensors) in chosen(T).items():
+                attempt(name, lambda T=T, how=(name, step, tensors): time_boundary(*how, T), failures)
+            gc.collect()
+
+    time_all(lambda T: ours(example(C, n, T, device=DEVICE), hc_tensors(C, n, T, "middle")))
     attempt("each kernel", each_kernel, failures)
+    time_all(lambda T: rivals(example(C, n, T, device=DEVICE)))
     end_with(failures)
 
 
@@ -373,10 +389,12 @@ def make_model(config):
     return model
 
 
-def time_model(case, form, config, sequences):
-    """A step eager; forward and backward from a CUDA graph; the peak."""
+def time_model(case, form, config, sequences, compiled):
+    """A step; forward and backward from a CUDA graph; the peak. compiled: the sublayers, as train.py has them."""
     torch.manual_seed(0)
     model = make_model(config)
+    if compiled:
+        model.compile_sublayers()
     adam = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     idx = torch.randint(config.vocab_size, (sequences, config.seq_len), device=DEVICE)
 
@@ -388,12 +406,14 @@ def time_model(case, form, config, sequences):
     def step():
         forward_backward()
         adam.step()
+        adam.zero_grad()
 
-    record = {"what": case, "form": form, "tokens": idx.numel(), "peak_GB": peak_GB(step)}
-    say(**record, step_ms=eager_ms(step, SIZES["steps"]))
+    step()  # from here on AdamW has its moments
+    record = {"what": case, "form": form, "sublayers": "compiled" if compiled else "not compiled"}
+    say(**record, tokens=idx.numel(), peak_GB=peak_GB(step), step_ms=eager_ms(step, SIZES["steps"]))
     ms = graph_ms(forward_backward)  # last: one that cannot be captured leaves the rest
-    mfu = model.flops_per_token() * idx.numel() / ms / 1e9
-    say(what=case, form=form, graph_ms=ms, TFLOP_s=mfu, added=added(case, form, ms))
+    TFLOP_s = model.flops_per_token() * idx.numel() / ms / 1e9
+    say(**record, graph_ms=ms, TFLOP_s=TFLOP_s, added=added((case, compiled), form, ms))
 
 
 BASE = {}  # ms of the baselines
@@ -407,12 +427,14 @@ def added(case, form, ms):
 
 
 def steps():
-    """Step time and peak memory of baseline, HC, mHC and single-pass."""
-    failures = []
-    for case, (config, sequences) in model_cases().items():
+    """Step time and peak memory of baseline, HC, mHC and single-pass; gpt_124m last with its sublayers compiled."""
+    failures, cases = [], model_cases()
+    for case, compiled in [*((case, False) for case in cases), ("gpt_124m", True)]:
+        config, sequences = cases[case]
         for form, changes in FORMS.items():
             made = replace(config, **({"n_streams": 4, "single_pass": False} | changes))
-            attempt(f"{case} {form}", lambda how=(case, form, made, sequences): time_model(*how), failures)
+            how = case, form, made, sequences, compiled
+            attempt(f"{case} {form}", lambda how=how: time_model(*how), failures)
             gc.collect()
     end_with(failures)
 
@@ -441,14 +463,24 @@ def training():
         run = [sys.executable, "train.py", "config/gpt_124m.py", f"--data_dir={folder}/data", f"--out_dir={folder}/run"]
         run += [f"--batch_size={batch}", f"--max_steps={n}", "--warmup_steps=10", f"--eval_interval={n}"]
         run += [f"--device={DEVICE}"]  # 'auto' would train on a CPU where the GPU cannot be had
-        subprocess.run([*run, "--eval_sequences=16", *TRAIN_FLAGS], cwd=ROOT, check=True)
-        steps = [json.loads(row) for row in (folder / "run/metrics.jsonl").read_text().splitlines()]
-    losses = [r["loss"] for r in steps if r.get("loss") is not None]
-    ms = statistics.median([r["step_ms"] for r in steps if r.get("step_ms")] or [0.0])
-    say(what="gpt_124m", steps=len(losses), first_loss=losses[0], last_loss=losses[-1], least_loss=float(entropy),
-        step_ms=float(ms), tokens=batch * 1024)  # fmt: skip
-    if not losses[-1] < losses[0]:
-        raise RuntimeError(f"the loss went from {losses[0]:.3f} to {losses[-1]:.3f}: wanted it to fall")
+        how = ended([*run, "--eval_sequences=16", *TRAIN_FLAGS], STAGES[training] - 8)
+        metrics = folder / "run/metrics.jsonl"
+        steps = [json.loads(row) for row in metrics.read_text().splitlines() if row] if metrics.exists() else []
+    steps = [r for r in steps if "loss" in r]
+    losses, ms = [r["loss"] for r in steps], statistics.median([r["step_ms"] for r in steps] or [0.0])
+    say(what="gpt_124m", steps=len(steps), first_loss=(losses or [None])[0], last_loss=(losses or [None])[-1],
+        least_loss=float(entropy), step_ms=float(ms), tokens=batch * 1024, train_py=how)  # fmt: skip
+    if how != "done" or None in losses or not losses[-1] < losses[0]:
+        raise RuntimeError(f"train.py: {how}; losses {losses}: wanted them finite, and the last below the first")
+
+
+def ended(command, budget):
+    """Run a command for so many seconds at most -> how it ended."""
+    try:
+        code = subprocess.run(command, cwd=ROOT, timeout=budget).returncode
+        return "done" if code == 0 else f"ended with exit code {code}"
+    except subprocess.TimeoutExpired:
+        return f"its {budget} seconds were over"
 
 
 TRAIN_FLAGS = []  # a test makes the model small
@@ -461,16 +493,19 @@ def tests():
         return
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", *(TESTS or gpu_tests())]
-    process = subprocess.Popen(run, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    rows = []
-    for row in process.stdout:
-        print("  " + row, end="")
-        rows.append(row.strip())
-    say(what="pytest -m gpu", summary=next((r for r in reversed(rows) if r), ""))
-    if process.wait():
-        raise RuntimeError(f"pytest -m gpu ended with exit code {process.returncode}")
+    k, failed = min(8, SIZES["jobs"]), []  # processes with a share of the tests each: most of the time is compiling
+    shares = [subprocess.Popen(run, cwd=ROOT, env=env | {"SHARE_OF_TESTS": f"{i}/{k}"}, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for i in range(k)]  # fmt: skip
+    for i, process in enumerate(shares):
+        rows = [row for row in process.communicate()[0].splitlines() if row.strip()]
+        print(*("  " + row for row in rows), sep="\n")
+        say(what=f"pytest -m gpu, share {i} of {k}", summary=rows[-1] if rows else "")
+        failed += [i] if process.returncode not in (0, NO_TESTS) else []
+    if failed:
+        raise RuntimeError(f"pytest -m gpu failed in shares {failed}")
 
 
+NO_TESTS = 5  # pytest's exit code where a share is empty
 TESTS = []  # a test has its own
 
 
@@ -496,7 +531,7 @@ def say_tuned(kernel, times, dropped):
 
 
 STAGES = {  # and the seconds that each may spend
-    versions: 25, ceilings: 25, boundary: 110, attention: 25, kernels: 100, steps: 110, training: 110, tests: 60,
+    versions: 25, ceilings: 25, boundary: 110, attention: 25, kernels: 100, steps: 130, training: 110, tests: 90,
     retune: 150,
 }  # fmt: skip
 

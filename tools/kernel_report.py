@@ -27,6 +27,7 @@ import subprocess
 import tempfile
 from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 
 import numpy as np
@@ -562,7 +563,7 @@ def retune(tensors, bench, spills=None, report=lambda kernel, times, dropped: No
 
 def compile_row(kernel, row, C, n, T):
     """Compile a kernel with a row of blocks for the GPU that is here, into Triton's cache. -> bytes a thread that
-    spill; None if it wants more shared memory, or registers, than there is."""
+    spill; None if it wants more shared memory, or registers, than there is, or cannot be compiled, which is printed."""
     from triton.runtime.errors import OutOfResources
 
     import sinkhorn_kernel as sk
@@ -572,6 +573,9 @@ def compile_row(kernel, row, C, n, T):
     try:
         return 4 * max(spilled_words(*launch) for launch in found)
     except OutOfResources:
+        return None
+    except Exception as e:  # of the assembler, of the driver: one row less, and the others go on
+        print(f"  {kernel} {row}: {type(e).__name__}: {' '.join(str(e).split())[:200]}")
         return None
 
 
@@ -586,7 +590,14 @@ def compile_ahead_of_tuning(pool, C, n, T):
     which waits for the one it asks for."""
     tasks = [(kernel, row) for kernel in TUNED for row in rows_to_try(kernel, n, C)[1:]]
     pending = {task: pool.submit(compile_row, *task, C, n, T) for task in tasks}
-    return lambda kernel, row: pending[kernel, row].result()
+
+    def spills(kernel, row):
+        try:
+            return pending[kernel, row].result()
+        except BrokenProcessPool as e:  # a compiler that crashes takes the pool with it
+            print(f"  {kernel} {row}: {e}")
+
+    return spills
 
 
 def print_retune(C=2560, n=4, T=16384):
