@@ -194,6 +194,12 @@ def test_tune_names_the_best_rates_and_those_at_the_edge_of_what_was_tried(place
     assert "4 layers of 32, mHC: lr 0.024, maps × 100; the last of those tried: maps_lr_scale." in section(
         place, "tune", more
     )
+    gain = lambda c: 7 if loss(c) <= loss(c | {"residual": "baseline", "maps_lr_scale": 1}) else 9  # noqa: E731
+    page = section(place, "tune", rows_of(experiments.tune(), loss, gain_peak=gain))
+    assert (
+        "- 4 layers of 32: HC against the baseline of the same lr is behind with gains of 9, ahead with gains of 7."
+        in page
+    )
     last = "8 layers of 64, mHC, single-pass: lr"
     assert last in page and last not in section(place, "tune", rows_of(experiments.tune()[:-1], loss))
 

@@ -13,7 +13,7 @@ from experiments import ASKED, DEMO, KINDS, LARGE, SIZES, SMALL, rated
 from experiments import name_of as cell_name
 from model import GPTConfig
 from tools.depth import depth
-from tools.rates import finish
+from tools.rates import BASELINE, HC, finish
 from tools.rows import (
     differences,
     exactly,
@@ -31,7 +31,6 @@ from tools.rows import (
     values,
 )
 
-BASELINE = {"residual": "baseline"}
 COLORS = ("#777777", "#d55e00", "#0072b2", "#009e73", "#cc79a7")
 
 
@@ -58,7 +57,22 @@ def tune(rows):
             beyond = f"; the last of those tried: {' and '.join(edge)}" if edge else ""
             name = f"{size_name(tuple(size.items()))}, {name_of(kind)}"
             lines.append(f"- {name}: lr {best['lr']}, maps × {best['maps_lr_scale']}{beyond}.")
+    lines += [said for size in SIZES if (said := where_hc_breaks(rows, size))]
     return f"{grid_table(rows)}\n\n" + "\n".join(lines), None
+
+
+def where_hc_breaks(rows, size):
+    """Which gains cost HC its lead over the baseline of the same lr, on the one seed that all rates are tried on."""
+    base, hc = ([rows[cell_name(c)] for c in rated(size, kind) if cell_name(c) in rows] for kind in (BASELINE, HC))
+    if len(hc) < len(rated(size, HC)) or len(base) < len(rated(size, BASELINE)):
+        return ""
+    loss = lambda row: float(row["val_loss"] or "inf")  # noqa: E731
+    best = {row["lr"]: loss(row) for row in base}
+    lost, kept = (
+        [float(r["gain_peak"]) for r in hc if (loss(r) > best[r["lr"]]) == behind] for behind in (True, False)
+    )
+    gains = [f" {where} with gains of {span(some)}" for where, some in (("behind", lost), ("ahead", kept)) if some]
+    return f"- {size_name(tuple(size.items()))}: HC against the baseline of the same lr is{','.join(gains)}."
 
 
 def at_edge(rate, best, tried):
