@@ -50,7 +50,7 @@ import owned
 from configurator import above, configure, fail, read_file, some
 from data import ends_sha256, shard_header
 from model import GPT, GPTConfig
-from records import GPU_REPORT, RecordError, read_json
+from records import GPU_REPORT, METRIC, RecordError, read_json, read_lines
 from tools import kernel_report
 from tools.kernel_report import example, one_hot
 
@@ -465,7 +465,7 @@ def training():
         run += [f"--device={DEVICE}"]  # 'auto' would train on a CPU where the GPU cannot be had
         how = ended([*run, "--eval_sequences=16", *TRAIN_FLAGS], STAGES[training] - 8)
         metrics = folder / "run/metrics.jsonl"
-        steps = [json.loads(row) for row in metrics.read_text().splitlines() if row] if metrics.exists() else []
+        steps = list(read_lines(str(metrics), METRIC, going_on=True)) if metrics.exists() else []
     steps = [r for r in steps if "loss" in r]
     losses, ms = [r["loss"] for r in steps], statistics.median([r["step_ms"] for r in steps] or [0.0])
     say(what="gpt_124m", steps=len(steps), first_loss=(losses or [None])[0], last_loss=(losses or [None])[-1],
