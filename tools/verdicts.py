@@ -247,12 +247,15 @@ def of_overhead(rows):
     return [(*OVERHEAD, ours, "on CPUs alone")]
 
 
+AT_CHANCE = "out of reach here: both at chance"
+
+
 def of_downstream(rows):
     """mHC against HC in the tasks at which either of them is better than chance."""
     hc, mhc = ({task: sections.right(rows, task, kind) for task in ASKED} for kind in (HC, MHC))
     seen = [f"{task}: mHC less HC {paired(mhc[task], hc[task], 1)} %" for task in ASKED]
     known = [task for task in ASKED if any(sections.above_chance(rows, task, kind) for kind in (HC, MHC))]
-    words = share_of([is_below(hc[task], mhc[task]) for task in known]) if known else "out of reach here: both at chance"
+    words = share_of([is_below(hc[task], mhc[task]) for task in known]) if known else AT_CHANCE
     return [(*TABLE_4, "; ".join(seen), verdict(words, *hc.values(), *mhc.values()))]
 
 
