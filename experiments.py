@@ -378,7 +378,7 @@ def measure(cell, folder):
     settings, last = origin["settings"], evals[-1]
     loss, norm = (nan_for_null(r[k] for r in steps) for k in ("loss", "grad_norm"))
     bins = [b for b in np.array_split(np.arange(len(steps)), POINTS) if len(b)]
-    done = steps[-1]["step"] == settings["max_steps"]
+    done = last["step"] == settings["max_steps"]  # ten steps in a row that are not finite end a run before that
     row = {"cell": name_of(cell), **cell} | {
         "commit": origin["commit"],
         "torch": torch.__version__,
@@ -398,7 +398,9 @@ def measure(cell, folder):
         "eval_step": numbers(r["step"] for r in evals),
         "val_curve": numbers(r["val_loss"] for r in evals),
     }
-    return row | gains_of(evals, folder) if "composite_fwd_max" in last else row
+    if "composite_fwd_max" not in last:
+        return row
+    return row | gains_of(evals, folder) | ({} if done else {"gain_peak": "inf"})  # the last gain seen was the start's
 
 
 def flops_per_token(settings):

@@ -66,6 +66,17 @@ def test_a_grid_is_run_once_and_a_lost_row_alone_is_redone(table, monkeypatch):
     assert len(ran) == 1 and table.read_bytes() == whole
 
 
+def test_a_run_that_broke_before_it_was_evaluated_has_no_loss_and_no_bound_on_its_gain(table, monkeypatch):
+    cell, folder = {"residual": "mhc", "seed": 2}, str(table.parent / "broken")
+    whole = experiments.run_cell(experiments.EXPERIMENTS["tiny"].config, cell, folder)
+    assert whole["finite"] and whole["val_loss"] and float(whole["gain_peak"]) < 1.1
+    steps, evals = experiments.records_of(folder)
+    steps[-1]["skipped"] = 10
+    monkeypatch.setattr(experiments, "records_of", lambda folder: (steps, evals[:1]))
+    row = experiments.measure(cell, folder)
+    assert (row["steps"], row["finite"], row["val_loss"], row["gain_peak"]) == (10, False, "", "inf")
+
+
 def test_a_folder_of_someone_elses_and_a_run_that_fails_are_named_and_nothing_is_removed(table, capsys):
     table.unlink(missing_ok=True)
     folder = table.parent / "tiny" / "residual=baseline,seed=2"

@@ -190,20 +190,23 @@ def gains_over_depth(rows):
 
 
 def lives_where_hc_dies(rows):
-    """At the raised rate, the deepest model: HC's gain is broken and its loss behind mHC's in each seed."""
+    """At the raised rate, the deepest model: HC's gain is broken, or its loss is no number any more before one was
+    looked at, and its loss is behind mHC's in each seed."""
     seen, died = [], 0
     gains = at_depth(rows, HC, 100, "gain_peak")
     hc, home = (at_depth(rows, kind, 100, "val_loss") for kind in (HC, HOME))
     both = [n for n in hc if n in home]
     for n in both:
         seeds = hc[n].keys() & home[n].keys()
-        died = sum(not gains[n][s] < BROKEN and hc[n][s] > home[n][s] and math.isfinite(home[n][s]) for s in seeds)
+        broken = {s for s in seeds if not gains[n][s] < BROKEN or not math.isfinite(hc[n][s])}
+        died = sum(hc[n][s] > home[n][s] and math.isfinite(home[n][s]) for s in broken)
         seen.append(f"{n}: {died} of {len(seeds)}")
     if not both:
         return *LIVES, "neither HC nor mHC 'home' has rows", "open"
     deepest = both[-1]
     found = share_of([died >= 1, died == len(hc[deepest])])
-    ours = f"× 100: HC's gain passes {BROKEN:.0e} and its loss is behind mHC's, by sublayers: {', '.join(seen)}"
+    what = f"HC's gain passes {BROKEN:.0e}, or its loss is no number any more, and it is behind mHC"
+    ours = f"× 100: {what}, by sublayers: {', '.join(seen)}"
     return *LIVES, ours, verdict(f"{found}, with the rate of α and b raised", hc[deepest], home[deepest])
 
 
