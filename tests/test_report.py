@@ -288,7 +288,7 @@ def test_overhead_is_shown_as_measured_and_as_predicted(place):
         for c in cells
     }
     page = section(place, "overhead", rows)
-    assert "| 1280 | 4 | 2 | 9 | 100 | 2 ± 1 | 3.5 ± 0.5 |" in page and "| mhc_27b | H100 | 5.4 (8.0) |" in page
+    assert "| 1280 | 2 | 2 | 9 | 100 | 2 ± 1 | 3.5 ± 0.5 |" in page and "| mhc_27b | H100 | 5.4 (8.0) |" in page
     assert "40% of the card's FLOP/s and 80% of its bandwidth" in page
     (claim,) = verdicts.of_overhead(experiments.read_rows(str(place / "results" / "overhead.csv")))
     assert claim[2] == "C = 1280: mHC 3.5 ± 0.5 %, HC 2 ± 1 %"
